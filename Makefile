@@ -1,0 +1,48 @@
+# make shards | train | test | bench | lint   each sets up .venv first, when it is missing or its requirements changed
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# the user's own data: make shards RECORDS=chat.json IMAGES=images.zip OUT=data
+RECORDS ?=
+IMAGES ?=
+OUT ?= data
+PACK_OPTIONS ?=
+NPROC ?= 2
+TRAIN_OPTIONS ?=
+
+.PHONY: shards train test bench lint clean
+
+shards: $(READY)
+ifeq ($(strip $(RECORDS)),)
+	$(BIN)/shardify demo demo
+	$(BIN)/shardify pack demo/chat.json --images demo/images.zip --out $(OUT) --shards 8 $(PACK_OPTIONS)
+else
+	$(BIN)/shardify pack $(RECORDS) $(addprefix --images ,$(IMAGES)) --out $(OUT) $(PACK_OPTIONS)
+endif
+
+train: shards
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py --shards $(OUT) $(TRAIN_OPTIONS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# torch first and alone: a resolver that sees it among others may prefer a build with gigabytes of CUDA
+$(READY): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,demo,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo

@@ -1,0 +1,85 @@
+"""index.npy: what the loader needs of every sample, memory-mapped, 24 bytes each, in manifest order."""
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from shardify.errors import FormatError
+from shardify.format.sidecar import ShardInfo
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("offset", "<i8"),  # of the sample's first header in its shard
+        ("shard", "<u4"),  # its number in the manifest
+        ("size", "<u4"),  # to the padded end
+        ("words", "<u4"),  # whitespace words over all turns
+        ("images", "<u2"),
+        ("flags", "<u2"),
+    ]
+)
+FLAG_TOLERANT = 1
+"""The JSON member is JSON only to a tolerant reader."""
+
+COLUMNS = ("offset", "size", "words", "images")
+"""The sidecar columns that rows are made from."""
+
+_MAX_SIZE = 2**32 - 1
+_MAX_IMAGES = 2**16 - 1
+
+
+def index_rows(table: pa.Table, info: ShardInfo, shard: int) -> npt.NDArray[np.void]:
+    """The index rows of one shard, from its sidecar.
+
+    Args:
+        table: the sidecar with at least `COLUMNS`.
+        info: its metadata.
+        shard: the shard's number.
+
+    Raises:
+        FormatError: a sample is larger than 4 GiB or has more than 65,535 images.
+    """
+    rows = np.zeros(table.num_rows, dtype=INDEX_DTYPE)
+    size = table["size"].to_numpy()
+    images = pc.list_value_length(table["images"]).to_numpy()
+    if len(rows) and (size.max() > _MAX_SIZE or images.max() > _MAX_IMAGES):
+        raise FormatError(f"shard {shard}: a sample of {size.max()} bytes or {images.max()} images is beyond the index")
+    rows["offset"] = table["offset"].to_numpy()
+    rows["size"] = size
+    rows["words"] = table["words"].to_numpy()
+    rows["images"] = images
+    rows["shard"] = shard
+    rows["flags"][info.tolerant] |= FLAG_TOLERANT
+    return rows
+
+
+def write_index(path: str | os.PathLike[str], parts: Iterable[npt.NDArray[np.void]]) -> None:
+    """Write index.npy from the rows of each shard, in order, and flush it to disk."""
+    rows = list(parts)
+    with open(path, "wb") as file:
+        np.save(file, np.concatenate(rows) if rows else np.zeros(0, INDEX_DTYPE), allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_index(path: str | os.PathLike[str], *, samples: int) -> npt.NDArray[np.void]:
+    """The index, memory-mapped read-only, [samples] of `INDEX_DTYPE`.
+
+    Raises:
+        FormatError: it is missing, damaged, or not of `samples` samples.
+    """
+    try:
+        index = np.load(path, mmap_mode="r" if samples else None, allow_pickle=False)
+    except FileNotFoundError:
+        raise FormatError(f"{os.fspath(path)}: no such index") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise FormatError(f"{os.fspath(path)}: not a readable index ({error})") from None
+    if not isinstance(index, np.ndarray) or index.dtype != INDEX_DTYPE or index.shape != (samples,):
+        found = getattr(index, "shape", None), getattr(index, "dtype", None)
+        raise FormatError(
+            f"{os.fspath(path)}: does not belong to its manifest, which counts {samples} samples; it holds {found[0]} of {found[1]}"
+        )
+    return index

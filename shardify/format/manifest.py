@@ -1,0 +1,89 @@
+"""manifest.json: what a finished data set is. Written last; the same input and settings give the same bytes."""
+
+import os
+from typing import Any
+
+import msgspec
+
+from shardify.errors import FormatError
+
+FORMAT_VERSION = 1
+
+
+class Source(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A record file or an image store the data set was made from.
+
+    Attributes:
+        kind: ``records``, ``archive`` or ``folder``.
+        name: relative to the root of its kind, never absolute.
+        records: for record files, how many records it holds.
+        fingerprint: xxh3_128 of a record file's content or of an archive's directory; empty for folders, whose images are hashed one by one
+            in the sidecars.
+        licence: as the recipe states it.
+    """
+
+    kind: str
+    name: str
+    records: int | None = None
+    fingerprint: str = ""
+    licence: str = ""
+
+
+class Shard(msgspec.Struct, frozen=True):
+    """One shard: file names, counts, and the xxh3_128 of both files in hexadecimal."""
+
+    tar: str
+    sidecar: str
+    samples: int
+    bytes: int
+    tar_xxh3_128: str
+    sidecar_xxh3_128: str
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """The reconciliation: records_in = packed + sum of set_aside, by reason code; notes count what was kept."""
+
+    records_in: int
+    packed: int
+    set_aside: dict[str, int]
+    notes: dict[str, int]
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """The whole file. `index_xxh3_128` is the hash of index.npy, hexadecimal."""
+
+    format_version: int
+    settings: dict[str, Any]
+    sources: list[Source]
+    shards: list[Shard]
+    index_xxh3_128: str
+    counts: Counts
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest's bytes: indented JSON, keys of free-form parts sorted."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2) + b"\n"
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        FormatError: it is missing, damaged, or of a newer format.
+    """
+    try:
+        with open(path, "rb") as file:
+            manifest = msgspec.json.decode(file.read(), type=Manifest)
+    except FileNotFoundError:
+        raise FormatError(f"{os.fspath(path)}: no such manifest") from None
+    except (msgspec.MsgspecError, UnicodeError, OSError) as error:
+        raise FormatError(f"{os.fspath(path)}: not a readable manifest ({error})") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise FormatError(
+            f"{os.fspath(path)}: format version {manifest.format_version}; this shardify reads version {FORMAT_VERSION}"
+        )
+    for shard in manifest.shards:
+        for name in (shard.tar, shard.sidecar):
+            if os.path.basename(name) != name or name in ("", ".", ".."):
+                raise FormatError(f"{os.fspath(path)}: shard name {name!r} leaves the manifest's folder")
+    return manifest

@@ -1,0 +1,42 @@
+"""How shards, sidecars and keys are named.
+
+    000.tar  000.parquet  001.tar  001.parquet ...  index.npy  manifest.json  quarantine.jsonl
+"""
+
+from pathlib import PurePath
+
+TAR = ".tar"
+SIDECAR = ".parquet"
+INDEX = "index.npy"
+MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.jsonl"
+WORK_FOLDER = ".packing"
+"""Holds unfinished files while a data set is written; gone when it is done."""
+
+_MIN_SHARD_DIGITS = 3
+_MIN_KEY_DIGITS = 9
+
+
+def shard_name(number: int, count: int) -> str:
+    """The tar name of shard `number` of `count`, zero-padded to at least three digits: ``007.tar``."""
+    return f"{number:0{max(_MIN_SHARD_DIGITS, len(str(count - 1)))}d}{TAR}"
+
+
+def sidecar_name(tar_name: str) -> str:
+    """The sidecar's name beside a shard: ``007.tar`` -> ``007.parquet``."""
+    return str(PurePath(tar_name).with_suffix(SIDECAR))
+
+
+def key_digits(records: int) -> int:
+    """How many digits a key has in a plan of `records` records: nine, or those of the largest position."""
+    return max(_MIN_KEY_DIGITS, len(str(records - 1)))
+
+
+def sample_key(position: int, digits: int) -> str:
+    """The key of the sample at `position` of the planned order: ``000000042``."""
+    return f"{position:0{digits}d}"
+
+
+def image_field(number: int, image_format: str, *, is_list: bool) -> str:
+    """The member field of an image: ``jpg``, or ``0.jpg`` when the record's ``image`` is a list."""
+    return f"{number}.{image_format}" if is_list else image_format

@@ -1,0 +1,195 @@
+"""Writing shards and reading samples back: POSIX ustar with fixed metadata.
+
+One member is a 512-byte header, the data, and zeros to the next multiple of 512; a shard ends with two blocks of zeros
+(IEEE Std 1003.1-1988, ustar interchange format). mtime, uid and gid are 0 and the mode is 0644, so that equal content gives equal bytes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import xxhash
+
+from shardify.errors import FormatError
+
+BLOCK = 512
+MAX_MEMBER_BYTES = 8 * 1024**3 - 1
+"""Eleven octal digits hold no more."""
+END_OF_ARCHIVE = bytes(2 * BLOCK)
+
+_MAX_NAME = 100
+_PADDING = bytes(BLOCK)
+_MODE_TO_GID = b"0000644\0" + b"0000000\0" + b"0000000\0"
+_MTIME = b"00000000000\0"
+_AFTER_CHECKSUM = (
+    b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(64) + b"0000000\0" + b"0000000\0" + bytes(155) + bytes(12)
+)
+# the checksum counts its own field as eight blanks
+_CONSTANT_SUM = sum(_MODE_TO_GID) + sum(_MTIME) + sum(b" " * 8) + sum(_AFTER_CHECKSUM)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where one member of a sample lies.
+
+    Attributes:
+        field: the name after the key and its dot: ``jpg``, ``0.png``, ``json``.
+        offset: of the first data byte in the shard.
+        size: of the data, without padding.
+        xxh3_64: of the data.
+    """
+
+    field: str
+    offset: int
+    size: int
+    xxh3_64: int
+
+
+class _Sink(Protocol):
+    def write(self, data: bytes, /) -> int | None: ...
+
+
+def member_header(name: str, size: int) -> bytes:
+    """The 512 bytes before a member's data.
+
+    Raises:
+        FormatError: the name is over 100 bytes or the data 8 GiB or more.
+    """
+    encoded = name.encode()
+    if not 0 < len(encoded) <= _MAX_NAME:
+        raise FormatError(f"member name {name!r} has {len(encoded)} bytes; a ustar name holds 1 to {_MAX_NAME}")
+    if size > MAX_MEMBER_BYTES:
+        raise FormatError(f"member {name!r} has {size} bytes; a ustar member holds at most {MAX_MEMBER_BYTES}")
+    size_field = b"%011o\0" % size
+    checksum = b"%06o\0 " % (_CONSTANT_SUM + sum(encoded) + sum(size_field))
+    return b"".join(
+        (encoded.ljust(_MAX_NAME, b"\0"), _MODE_TO_GID, size_field, _MTIME, checksum, _AFTER_CHECKSUM)
+    )
+
+
+def padding(size: int) -> int:
+    """Zeros between data of `size` bytes and the next header."""
+    return -size % BLOCK
+
+
+def sample_span(member_sizes: Sequence[int]) -> int:
+    """Bytes from the first header to the padded end of a sample with members of these sizes."""
+    return sum(BLOCK + size + padding(size) for size in member_sizes)
+
+
+class ShardWriter:
+    """Writes samples to an unbuffered binary file, hashing on the way.
+
+    The file sees few, large writes: members are gathered until `gather` bytes are ready.
+    """
+
+    def __init__(self, sink: _Sink, *, gather: int = 4 * 1024 * 1024) -> None:
+        self._sink = sink
+        self._gather = gather
+        self._ready: list[bytes | memoryview] = []
+        self._ready_bytes = 0
+        self._hash = xxhash.xxh3_128()
+        self.offset = 0
+
+    def add(self, key: str, field: str, data: bytes | memoryview) -> Member:
+        """Append the member ``key.field``."""
+        size = len(data)
+        header = member_header(f"{key}.{field}", size)
+        member = Member(field, self.offset + BLOCK, size, xxhash.xxh3_64_intdigest(data))
+        self._append(header)
+        self._append(data)
+        pad = padding(size)
+        if pad:
+            self._append(_PADDING[:pad])
+        if self._ready_bytes >= self._gather:
+            self._flush()
+        return member
+
+    def close(self) -> str:
+        """End the archive; returns the xxh3_128 of the whole shard in hexadecimal."""
+        self._append(END_OF_ARCHIVE)
+        self._flush()
+        return self._hash.hexdigest()
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._ready.append(data)
+        self._ready_bytes += len(data)
+        self.offset += len(data)
+
+    def _flush(self) -> None:
+        data = b"".join(self._ready)
+        self._ready.clear()
+        self._ready_bytes = 0
+        self._hash.update(data)
+        view = memoryview(data)
+        while view:
+            written = self._sink.write(view)  # type: ignore[arg-type]
+            view = view[written:]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member name as (key, field), cut at the first dot of the last path component, as webdataset does."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, field = base.partition(".")
+    return folder + slash + stem, field
+
+
+def read_members(span: memoryview, *, where: str) -> tuple[str, list[tuple[str, memoryview]]]:
+    """The members of one sample.
+
+    Args:
+        span: the sample's bytes, from its first header to its padded end.
+        where: names the span in errors, such as ``data/000.tar offset 1024``.
+
+    Returns:
+        The key and, for each member in tar order, its field and its data.
+
+    Raises:
+        FormatError: the bytes are not a sample: the index does not belong to the shard, or the shard is damaged.
+    """
+    members: list[tuple[str, memoryview]] = []
+    key = ""
+    offset = 0
+    while offset < len(span):
+        name, size, kind = read_header(span[offset : offset + BLOCK], where=where, offset=offset)
+        data = offset + BLOCK
+        offset = data + size + padding(size)
+        if offset > len(span):
+            raise FormatError(f"{where}: member {name!r} reaches {offset - len(span)} bytes beyond its sample")
+        if kind not in (b"0", b"\0"):
+            continue  # PAX and GNU extension headers of shards written by others
+        member_key, field = split_name(name)
+        if members and member_key != key:
+            raise FormatError(f"{where}: members of two samples, {key!r} and {member_key!r}")
+        key = member_key
+        members.append((field, span[data : data + size]))
+    if not members:
+        raise FormatError(f"{where}: no members")
+    return key, members
+
+
+def read_header(header: memoryview, *, where: str, offset: int) -> tuple[str, int, bytes]:
+    """Name, data size and type flag of one header.
+
+    Raises:
+        FormatError: it is not a tar header.
+    """
+    block = bytes(header)
+    if len(block) < BLOCK or block[257:262] != b"ustar" or not _checksum_holds(block):
+        raise FormatError(f"{where}: no tar header at byte {offset} of the sample")
+    try:
+        size = int(block[124:136].rstrip(b"\0 ") or b"0", 8)
+        name = block[:100].split(b"\0", 1)[0].decode()
+        # a GNU header keeps times where ustar keeps the prefix; "ustar  " tells them apart
+        prefix = block[345:500].split(b"\0", 1)[0].decode() if block[257:263] == b"ustar\0" else ""
+    except ValueError as error:
+        raise FormatError(f"{where}: damaged tar header at byte {offset} of the sample ({error})") from None
+    return (f"{prefix}/{name}" if prefix else name), size, block[156:157]
+
+
+def _checksum_holds(block: bytes) -> bool:
+    try:
+        expected = int(block[148:156].strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        return False
+    return sum(block) - sum(block[148:156]) + 8 * 32 == expected

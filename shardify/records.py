@@ -1,0 +1,185 @@
+"""What a LLaVA record means: `Sample`, `Turn` and `ImageRef`, read from the record's own bytes.
+
+A record is a JSON object (docs/recipes.md lists the reason codes):
+
+    {"id": ..., "image": "path" | ["path", ...] (absent, null or "" for text-only),
+     "conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}], ...}
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from shardify.errors import RecordError
+
+MAX_RECORD_BYTES = 64 * 1024 * 1024
+"""A record larger than this is set aside unread (LLaVA's longest, 275 turns, is under 1 MB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message: `role` as written in ``from``, `text` as written in ``value``."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image as the record names it: a path relative to some image root."""
+
+    path: str
+
+    def parts(self) -> tuple[str, ...]:
+        """The path's components, ``.`` and empty ones removed.
+
+        Raises:
+            RecordError: ``image-path-unsafe`` when the path is absolute, climbs out of its root, or cannot be a file name.
+        """
+        text = self.path.replace("\\", "/")
+        parts = tuple(part for part in text.split("/") if part not in ("", "."))
+        if text.startswith("/") or ".." in parts or "\0" in text or not parts or parts[0].endswith(":"):
+            raise RecordError("image-path-unsafe", f"{self.path!r} does not stay inside the image root")
+        return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A parsed record.
+
+    Attributes:
+        id: the id as JSON text (``'"000123"'``, ``'2327515'``), None when the record has none.
+        images: the referenced images in the record's order; empty for text-only.
+        image_is_list: whether ``image`` is a list, even of one.
+        turns: the conversation.
+        words: whitespace words over all turns, LLaVA's length measure (llava/train/train.py, `modality_lengths`).
+        strict: False when the bytes are JSON only to a tolerant reader (NaN, a lone surrogate, a byte order mark).
+    """
+
+    id: str | None
+    images: tuple[ImageRef, ...]
+    image_is_list: bool
+    turns: tuple[Turn, ...]
+    words: int
+    strict: bool
+
+
+class _Turn(msgspec.Struct):
+    role: str = msgspec.field(name="from")
+    value: str
+
+
+class _Record(msgspec.Struct):
+    conversations: list[_Turn]
+    id: msgspec.Raw = msgspec.Raw(b"")
+    image: str | list[str] | None = None
+
+
+_decoder = msgspec.json.Decoder(_Record)
+
+
+def parse_record(data: bytes | memoryview) -> Sample:
+    """Read one record.
+
+    Args:
+        data: the record's bytes, one JSON object.
+
+    Raises:
+        RecordError: with the reason code; never anything else for any bytes.
+    """
+    if len(data) > MAX_RECORD_BYTES:
+        raise RecordError("record-too-large", f"{len(data)} bytes; the limit is {MAX_RECORD_BYTES}")
+    try:
+        record = _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        # a second, tolerant and slower reader: for what LLaVA's json.load accepts, and for a precise reason
+        return _parse_tolerantly(bytes(data))
+    image = record.image
+    paths = [] if not image else [image] if isinstance(image, str) else image
+    if not record.conversations:
+        raise RecordError("no-conversations", "'conversations' is empty")
+    return Sample(
+        id=bytes(record.id).decode() if bytes(record.id) else None,
+        images=tuple(map(ImageRef, paths)),
+        image_is_list=isinstance(image, list),
+        turns=tuple([Turn(turn.role, turn.value) for turn in record.conversations]),
+        words=sum([len(turn.value.split()) for turn in record.conversations]),
+        strict=True,
+    )
+
+
+def load_record(data: bytes | memoryview) -> dict[str, Any]:
+    """The record as a dict of plain Python values, read as tolerantly as `parse_record`.
+
+    Raises:
+        RecordError: ``record-not-json`` or ``record-not-object``.
+    """
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        value = _load_tolerantly(bytes(data))
+    if not isinstance(value, dict):
+        raise RecordError("record-not-object", f"a JSON object is needed, this is {_json_type(value)}")
+    return value
+
+
+def sample_of(record: Mapping[str, Any], *, strict: bool = True) -> Sample:
+    """The `Sample` of a record that is already decoded.
+
+    Raises:
+        RecordError: with the reason code.
+    """
+    image = record.get("image")
+    paths = [] if image is None or image == "" else image if isinstance(image, list) else [image]
+    for path in paths:
+        if not isinstance(path, str):
+            raise RecordError("image-not-a-path", f"'image' holds {_json_type(path)}; a path is needed")
+    turns = record.get("conversations")
+    if turns is None:
+        raise RecordError("no-conversations", "no field 'conversations'")
+    if not isinstance(turns, list) or not turns:
+        what = "an empty list" if turns == [] else _json_type(turns)
+        raise RecordError("no-conversations", f"'conversations' is {what}; a list of turns is needed")
+    parsed: list[Turn] = []
+    for number, turn in enumerate(turns):
+        role, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(value, str):
+            raise RecordError("bad-turn", f"turn {number} needs the texts 'from' and 'value'")
+        parsed.append(Turn(role, value))
+    return Sample(
+        id=json.dumps(record["id"], ensure_ascii=True) if "id" in record else None,
+        images=tuple(map(ImageRef, paths)),
+        image_is_list=isinstance(image, list),
+        turns=tuple(parsed),
+        words=sum(len(turn.text.split()) for turn in parsed),
+        strict=strict,
+    )
+
+
+def _parse_tolerantly(data: bytes) -> Sample:
+    value = _load_tolerantly(data)
+    if not isinstance(value, dict):
+        raise RecordError("record-not-object", f"a JSON object is needed, this is {_json_type(value)}")
+    try:
+        msgspec.json.decode(data)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        strict = False
+    else:
+        strict = True
+    return sample_of(value, strict=strict)
+
+
+def _load_tolerantly(data: bytes) -> Any:
+    try:
+        # surrogatepass: UTF-8 that encodes a lone surrogate is what a careless writer leaves behind
+        return json.loads(data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError) as error:
+        raise RecordError("record-not-json", str(error)) from None
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
