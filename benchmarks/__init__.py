@@ -1,0 +1,1 @@
+"""Speed, shown by scripts: one question each, contenders interleaved in one run, medians and ratios."""
