@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from shardify.errors import UsageError
@@ -137,9 +137,14 @@ class SentencePieceTokenizer:
         except (RuntimeError, ValueError, OSError) as error:
             raise UsageError(f"{self.path}: not a SentencePiece model ({error})") from None
 
+    @cached_property
+    def _encode(self) -> Callable[[str], list[int]]:
+        # the mask arithmetic asks for the system prompt and for every round again
+        return lru_cache(maxsize=32)(self._processor.encode)
+
     def __getstate__(self) -> dict[str, Any]:
         # every process loads its own processor, from bytes it already has
-        return {name: value for name, value in vars(self).items() if name != "_processor"}
+        return {name: value for name, value in vars(self).items() if name not in ("_processor", "_encode")}
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> Tokens:
         """Tokenise a text.
@@ -156,7 +161,7 @@ class SentencePieceTokenizer:
                 tokens.append(self._special[stretch])
                 blank = self.legacy
             elif stretch:
-                tokens += self._processor.encode("▁" + stretch if blank else stretch)
+                tokens += self._encode("▁" + stretch if blank else stretch)
         return Tokens(tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
