@@ -31,7 +31,10 @@ class OnBad(StrEnum):
 
 
 ShardsArgument = Annotated[
-    str, typer.Argument(metavar="SHARDS", help="a brace pattern ('data/{000..007}.tar'), a folder, or a manifest.json")
+    str,
+    typer.Argument(
+        metavar="SHARDS", help="a brace pattern ('data/{000..007}.tar'), a folder, or a manifest.json"
+    ),
 ]
 
 
@@ -49,7 +52,9 @@ def _root(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where chat.json, metadata.json and images.zip go")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="where chat.json, metadata.json and images.zip go")
+    ],
     samples: Annotated[int, typer.Option(min=16, help="records to make")] = 512,
     seed: Annotated[int, typer.Option(help="crops, scales and qualities are drawn with this")] = 0,
 ) -> None:
@@ -61,28 +66,41 @@ def demo(
 
 @app.command()
 def pack(
-    records: Annotated[list[Path], typer.Argument(metavar="RECORDS...", help="LLaVA JSON arrays or JSONL files")],
+    *,
+    records: Annotated[
+        list[Path], typer.Argument(metavar="RECORDS...", help="LLaVA JSON arrays or JSONL files")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="where the shards go")],
     images: Annotated[
         list[Path] | None,
-        typer.Option(metavar="PATH", help="a folder or a zip that holds the images; may be given several times"),
+        typer.Option(
+            metavar="PATH", help="a folder or a zip that holds the images; may be given several times"
+        ),
     ] = None,
-    shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="shuffle the records, keyed by --seed")] = True,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle/--no-shuffle", help="shuffle the records, keyed by --seed")
+    ] = True,
     seed: Annotated[int, typer.Option(help="the shuffle's key")] = 0,
     shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="target size of a shard: 256MB (the default), 1GiB, ...")
+        str | None,
+        typer.Option(metavar="SIZE", help="target size of a shard: 256MB (the default), 1GiB, ..."),
     ] = None,
-    samples_per_shard: Annotated[int | None, typer.Option(min=1, metavar="N", help="samples in each shard")] = None,
+    samples_per_shard: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="samples in each shard")
+    ] = None,
     shards: Annotated[int | None, typer.Option(min=1, metavar="N", help="how many shards")] = None,
     multiple_of: Annotated[
         int, typer.Option(min=1, metavar="N", help="round the shard count up to a multiple of this")
     ] = 1,
-    on_bad: Annotated[OnBad, typer.Option(help="what to do with a record that cannot be packed")] = OnBad.SET_ASIDE,
+    on_bad: Annotated[
+        OnBad, typer.Option(help="what to do with a record that cannot be packed")
+    ] = OnBad.SET_ASIDE,
     max_bad: Annotated[
         str, typer.Option(metavar="N|N%", help="stop when more records than this cannot be packed")
     ] = "1%",
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="processes; the output does not depend on it [default: cores]")
+        int | None,
+        typer.Option(min=1, metavar="N", help="processes; the output does not depend on it [default: cores]"),
     ] = None,
 ) -> None:
     """Pack records and images into shards with index, manifest and quarantine.
@@ -112,7 +130,9 @@ def pack(
 @app.command()
 def verify(
     shards: ShardsArgument,
-    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="processes [default: cores]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="processes [default: cores]")
+    ] = None,
 ) -> None:
     """Read everything again and name whatever differs; exit status 1 if anything does."""
     from shardify.verify import verify_shards

@@ -46,7 +46,9 @@ def index_rows(table: pa.Table, info: ShardInfo, shard: int) -> npt.NDArray[np.v
     size = table["size"].to_numpy()
     images = pc.list_value_length(table["images"]).to_numpy()
     if len(rows) and (size.max() > _MAX_SIZE or images.max() > _MAX_IMAGES):
-        raise FormatError(f"shard {shard}: a sample of {size.max()} bytes or {images.max()} images is beyond the index")
+        raise FormatError(
+            f"shard {shard}: a sample of {size.max()} bytes or {images.max()} images is beyond the index"
+        )
     rows["offset"] = table["offset"].to_numpy()
     rows["size"] = size
     rows["words"] = table["words"].to_numpy()

@@ -1,6 +1,6 @@
 """How shards, sidecars and keys are named.
 
-    000.tar  000.parquet  001.tar  001.parquet ...  index.npy  manifest.json  quarantine.jsonl
+000.tar  000.parquet  001.tar  001.parquet ...  index.npy  manifest.json  quarantine.jsonl
 """
 
 from pathlib import PurePath

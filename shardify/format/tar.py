@@ -57,9 +57,13 @@ def member_header(name: str, size: int) -> bytes:
     """
     encoded = name.encode()
     if not 0 < len(encoded) <= _MAX_NAME:
-        raise FormatError(f"member name {name!r} has {len(encoded)} bytes; a ustar name holds 1 to {_MAX_NAME}")
+        raise FormatError(
+            f"member name {name!r} has {len(encoded)} bytes; a ustar name holds 1 to {_MAX_NAME}"
+        )
     if size > MAX_MEMBER_BYTES:
-        raise FormatError(f"member {name!r} has {size} bytes; a ustar member holds at most {MAX_MEMBER_BYTES}")
+        raise FormatError(
+            f"member {name!r} has {size} bytes; a ustar member holds at most {MAX_MEMBER_BYTES}"
+        )
     size_field = b"%011o\0" % size
     checksum = b"%06o\0 " % (_CONSTANT_SUM + sum(encoded) + sum(size_field))
     return b"".join(
@@ -155,7 +159,9 @@ def read_members(span: memoryview, *, where: str) -> tuple[str, list[tuple[str, 
         data = offset + BLOCK
         offset = data + size + padding(size)
         if offset > len(span):
-            raise FormatError(f"{where}: member {name!r} reaches {offset - len(span)} bytes beyond its sample")
+            raise FormatError(
+                f"{where}: member {name!r} reaches {offset - len(span)} bytes beyond its sample"
+            )
         if kind not in (b"0", b"\0"):
             continue  # PAX and GNU extension headers of shards written by others
         member_key, field = split_name(name)
