@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
@@ -163,11 +163,3 @@ class SentencePieceTokenizer:
             elif stretch:
                 tokens += self._encode("▁" + stretch if blank else stretch)
         return Tokens(tokens)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens; special ones and those beyond the vocabulary (images) are left out."""
-        known = [
-            token for token in tokens if 0 <= token < self.vocab_size and token not in self._special.values()
-        ]
-        text: str = self._processor.decode(known)
-        return text
