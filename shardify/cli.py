@@ -3,24 +3,47 @@
 Exit status: 0 done, 1 the data or the run failed, 2 wrong usage, 130 interrupted.
 """
 
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from shardify._version import __version__
 from shardify.errors import ShardifyError, UsageError
 
+
+_EXIT_INTERRUPTED = 130
+
+
+class _Commands(TyperGroup):
+    """What went wrong is one clear message; a traceback only under ``--debug``."""
+
+    debug = False
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ShardifyError as error:
+            if self.debug:
+                raise
+            kind = "usage error" if isinstance(error, UsageError) else "error"
+            print(f"shardify: {kind}: {error}", file=sys.stderr)
+            sys.exit(error.exit_status)
+        except KeyboardInterrupt:
+            print("\nshardify: interrupted", file=sys.stderr)
+            sys.exit(_EXIT_INTERRUPTED)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Image + conversation data sets become WebDataset tar shards.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_EXIT_INTERRUPTED = 130
 
 
 class OnBad(StrEnum):
@@ -41,13 +64,11 @@ ShardsArgument = Annotated[
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks; may stand anywhere")] = False,  # noqa: ARG001
 ) -> None:
     if version:
         print(f"shardify {__version__}")
         raise typer.Exit
-    if debug:
-        os.environ["SHARDIFY_DEBUG"] = "1"
 
 
 @app.command()
@@ -152,18 +173,10 @@ def info(
 
 
 def main() -> None:
-    """The console script: errors made on purpose are one clear message, tracebacks only under ``--debug``."""
-    try:
-        app()
-    except ShardifyError as error:
-        if os.environ.get("SHARDIFY_DEBUG"):
-            raise
-        kind = "usage error" if isinstance(error, UsageError) else "error"
-        print(f"shardify: {kind}: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("\nshardify: interrupted; the same command again continues", file=sys.stderr)
-        sys.exit(_EXIT_INTERRUPTED)
+    """The console script."""
+    # wherever it stands: people add it behind the command that failed
+    _Commands.debug = "--debug" in sys.argv
+    app([argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="shardify")
 
 
 if __name__ == "__main__":
