@@ -14,7 +14,6 @@ from typer.core import TyperGroup
 from shardify._version import __version__
 from shardify.errors import ShardifyError, UsageError
 
-
 _EXIT_INTERRUPTED = 130
 
 
@@ -54,9 +53,9 @@ class OnBad(StrEnum):
 
 
 ShardsArgument = Annotated[
-    str,
+    list[str],
     typer.Argument(
-        metavar="SHARDS", help="a brace pattern ('data/{000..007}.tar'), a folder, or a manifest.json"
+        metavar="SHARDS", help="tars, a brace pattern ('data/{000..007}.tar'), a folder, or a manifest.json"
     ),
 ]
 
