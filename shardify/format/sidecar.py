@@ -180,3 +180,15 @@ def read_shard_info(path: str | os.PathLike[str]) -> ShardInfo:
         raise FormatError(f"{os.fspath(path)}: a Parquet file, but not written by shardify") from None
     except (pa.ArrowInvalid, pa.ArrowException, OSError, msgspec.MsgspecError) as error:
         raise FormatError(f"{os.fspath(path)}: not a readable sidecar ({error})") from None
+
+
+def is_sidecar(path: str | os.PathLike[str]) -> bool:
+    """Whether to treat a file as a sidecar: False for another tool's Parquet file, such as img2dataset's.
+
+    A damaged file counts as a sidecar, so that reading it says what is wrong.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _METADATA_KEY in (pq.read_schema(file).metadata or {})
+    except (pa.ArrowInvalid, pa.ArrowException, OSError):
+        return True
