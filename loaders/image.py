@@ -1,7 +1,8 @@
 """Image bytes to pixels: exact decoding, CLIP's geometry, uint8 out.
 
-What a pixel is, Pillow's ``Image.open(...).convert("RGB")`` says; what a resized pixel is, its BICUBIC filter. Both are met to within
-2/255, several times faster: JPEG by libjpeg-turbo with the exact DCT and upsampling, resizing by torch's antialiased uint8 bicubic.
+What a pixel is, Pillow's ``Image.open(...).convert("RGB")`` says; what a resized pixel is, its BICUBIC
+filter. Both are met to within 2/255, several times faster: JPEG by libjpeg-turbo with the exact DCT and
+upsampling, resizing by torch's antialiased uint8 bicubic.
 """
 
 import io
@@ -42,8 +43,10 @@ class ImageTransform:
 
     Attributes:
         size: the side S of the square that comes out, in pixels. Default 336.
-        fit: ``crop`` (default, LLaVA's pretraining and CLIPImageProcessor): the shorter edge becomes S and the centre is kept.
-            ``pad`` (LLaVA's fine-tuning, `expand2square`): filled up to a square with the mean colour, then resized.
+        fit: ``crop`` (default, LLaVA's pretraining and CLIPImageProcessor): the shorter edge becomes S and
+            the centre is kept.
+            ``pad`` (LLaVA's fine-tuning, `expand2square`): filled up to a square with the mean colour, then
+                resized.
         mean: per channel, of pixels in 0 to 1; for `normalize` and the colour of padding. Default CLIP's.
         std: per channel, for `normalize`. Default CLIP's.
     """
@@ -78,7 +81,8 @@ class ImageTransform:
             uint8 [3, S, S], contiguous.
 
         Raises:
-            ImageError: ``image-empty``, ``image-too-large`` or ``image-undecodable``; never anything else for any bytes.
+            ImageError: ``image-empty``, ``image-too-large`` or ``image-undecodable``; never anything else for
+                any bytes.
         """
         out = torch.empty(self.shape, dtype=torch.uint8)
         self.into(data, out)
@@ -89,8 +93,8 @@ class ImageTransform:
 
         Args:
             data: the encoded image.
-            out: uint8 [3, S, S] with any strides. Pixels in memory order (a permuted [S, S, 3]) are written fastest, since that is how
-                they are decoded. Untouched when an error is raised.
+            out: uint8 [3, S, S] with any strides. Pixels in memory order (a permuted [S, S, 3]) are written
+                fastest, since that is how they are decoded. Untouched when an error is raised.
 
         Raises:
             ImageError: as for a call.
@@ -113,7 +117,7 @@ class ImageTransform:
         """
         result = images.to(torch.float32)
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
-            # by plain numbers: constants in a tensor would have to be copied to the device, which waits for it
+            # by plain numbers: constants in a tensor would be copied to the device, and waited for
             result.select(-3, channel).mul_(1 / (255 * std)).sub_(mean / std)
         return result.to(dtype)
 
@@ -162,7 +166,7 @@ def _decode_by_pillow(data: bytes | bytearray | memoryview) -> Pixels:
         raise
     except (Image.DecompressionBombError, MemoryError) as error:
         raise ImageError("image-too-large", str(error) or "out of memory") from None
-    except Exception as error:  # noqa: BLE001 - damaged files make Pillow raise nearly anything: SyntaxError, struct.error, ...
+    except Exception as error:  # noqa: BLE001 - damage makes Pillow raise nearly anything: SyntaxError, ...
         raise ImageError("image-undecodable", f"{type(error).__name__}: {error}") from None
 
 
@@ -191,8 +195,8 @@ def _crop(pixels: Pixels, size: int) -> Pixels:
 def _pad(pixels: Pixels, size: int, background: tuple[int, ...]) -> Pixels:
     """To a square with the picture in its middle, then to `size`; the square itself is never in memory.
 
-    The filter works along rows first and columns second, so rows can be shrunk before the ones above and below are added, and a tall
-    picture can be widened a strip of rows at a time.
+    The filter works along rows first and columns second, so rows can be shrunk before the ones above and
+    below are added, and a tall picture can be widened a strip of rows at a time.
     """
     height, width = pixels.shape[:2]
     side = max(height, width)

@@ -1,4 +1,4 @@
-"""LLaVA records to tokens and labels, token for token as the preprocessing of haotian-liu/LLaVA (llava/train/train.py)."""
+"""LLaVA records to tokens and labels, token for token as llava/train/train.py of haotian-liu/LLaVA."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,23 +40,28 @@ class TextResult:
 class LlavaText:
     """Makes a record's conversation a prompt, its tokens, and their labels.
 
-    As in the reference: a text is cut at ``<image>`` and each piece tokenised by itself; ``<image>`` is moved to the front of its turn
-    when the record has an image, and stays plain text when it has none; odd conversations (an empty answer, a human turn at the end, an end
-    token inside a text) keep the labels that the reference gives them, mostly none at all, and say so in `notes`. Records whose
-    ``image`` lists several keep ``<image>`` where it is, unless a turn has exactly one (LLaVA-NeXT's rule). The one difference: the
+    As in the reference: a text is cut at ``<image>`` and each piece tokenised by itself; ``<image>`` is moved
+    to the front of its turn when the record has an image, and stays plain text when it has none; odd
+    conversations (an empty answer, a human turn at the end, an end token inside a text) keep the labels that
+    the reference gives them, mostly none at all, and say so in `notes`. Records whose ``image`` lists several
+    keep ``<image>`` where it is, unless a turn has exactly one (LLaVA-NeXT's rule). The one difference: the
     label of an image token is always -100, which LLaVA's model replaces it by.
 
     Args:
-        tokenizer: a `SentencePieceTokenizer` (Llama's, to the token), a `ByteTokenizer`, or any of transformers.
-        template: ``plain`` (LLaVA's first stage: image and caption) or ``v1`` (default; Vicuna). `TEMPLATES` has them all.
+        tokenizer: a `SentencePieceTokenizer` (Llama's, to the token), a `ByteTokenizer`, or any of
+            transformers.
+        template: ``plain`` (LLaVA's first stage: image and caption) or ``v1`` (default; Vicuna). `TEMPLATES`
+            has them all.
         max_length: tokens that are kept. Default 2048.
-        labels: ``reference`` finds what is trained on by the reference's arithmetic, which holds for Llama's tokenizers alone.
-            ``spans`` tokenises what is trained on (each answer and the end token) apart from what is not: right for any tokenizer, and for
-            odd conversations. None (default) takes ``reference`` for a tokenizer that starts every text with its start token and
-            reads the template's end of an answer as its end token, else ``spans``.
+        labels: ``reference`` finds what is trained on by the reference's arithmetic, which holds for Llama's
+            tokenizers alone. ``spans`` tokenises what is trained on (each answer and the end token) apart
+            from what is not: right for any tokenizer, and for odd conversations. None (default) takes
+            ``reference`` for a tokenizer that starts every text with its start token and reads the template's
+            end of an answer as its end token, else ``spans``.
 
     Raises:
-        UsageError: an unknown template or kind of labels, a `max_length` below 1, or a tokenizer without end token.
+        UsageError: an unknown template or kind of labels, a `max_length` below 1, or a tokenizer that has no end
+            token or puts one behind every text.
     """
 
     ignore_index = IGNORE_INDEX
@@ -81,7 +86,7 @@ class LlavaText:
         letter = self._tokens("a")
         if letter[-1:] == [self.eos_token_id]:
             raise UsageError(
-                f"{type(tokenizer).__name__} ends every text with its end token; switch that off (add_eos_token=False)"
+                f"{type(tokenizer).__name__} ends every text with its end token; set add_eos_token=False"
             )
         self._start = letter[:1] if letter[:1] == [tokenizer.bos_token_id] else []
         end = self.template.separators[1]
@@ -98,8 +103,8 @@ class LlavaText:
 
         Raises:
             TextError: with the reason: ``unknown-role``, ``roles-not-alternating``, ``plain-needs-two-turns``,
-                ``plain-needs-image-token`` (where the reference raises too), ``image-tokens-exceed-images`` (the model would take the
-                images of the next sample), ``text-not-unicode``.
+                ``plain-needs-image-token`` (where the reference raises too), ``image-tokens-exceed-images``
+                (the model would take the images of the next sample), ``text-not-unicode``.
             RecordError: not a record.
         """
         sample = sample_of(record) if isinstance(record, Mapping) else parse_record(record)
@@ -143,7 +148,7 @@ class LlavaText:
         assert self.template.masking is not None
         prompt = "".join([segment.text + segment.end for segment in segments])
         input_ids = self._prompt_tokens(prompt, cut_images)
-        # a text-only prompt is cut to its length by the tokenizer, before the counting; one with images after it
+        # a text-only prompt is cut to its length before the counting; one with images, after it
         counted = input_ids if cut_images else input_ids[: self.max_length]
         labels = self.template.masking.labels(
             counted,
@@ -178,7 +183,7 @@ class LlavaText:
         return input_ids, labels
 
     def _prompt_tokens(self, prompt: str, cut_images: bool) -> list[int]:
-        """Each piece between images tokenised as a text of its own, with one start token for all (`tokenizer_image_token`)."""
+        """Each piece between images tokenised as a text of its own, but for the start token."""
         if not cut_images:
             return self._tokens(prompt)
         first, *others = prompt.split(IMAGE_TEXT)
@@ -196,7 +201,7 @@ class LlavaText:
 
 
 def _place_image_tokens(sample: Sample) -> tuple[Turn, ...]:
-    """The turns with ``<image>`` in front, once (`preprocess_multimodal`); for several images, LLaVA-NeXT's rule."""
+    """The turns with ``<image>`` in front, once; for several images, by LLaVA-NeXT's rule."""
     if not sample.images:
         return sample.turns
     turns: list[Turn] = []

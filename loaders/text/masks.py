@@ -1,7 +1,8 @@
 """The reference's arithmetic that finds, in the tokens of a whole prompt, those that are not trained on.
 
-It counts tokens of parts of the prompt and adds the counts up, with corrections that hold for Llama's tokenizers; what it makes of odd
-input (an end token inside a text, an empty answer) is part of it. `loaders.text.llava` offers counting-free labels beside it.
+It counts tokens of parts of the prompt and adds the counts up, with corrections that hold for Llama's
+tokenizers; what it makes of odd input (an end token inside a text, an empty answer) is part of it.
+`loaders.text.llava` offers counting-free labels beside it.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ class Masking(Protocol):
             input_ids: the tokens of the whole prompt.
             prompt: its text.
             count: how many tokens a part of it has when tokenised alone, the start token included.
-            legacy: whether the tokenizer begins the text after a special token as it begins a prompt, with a blank.
+            legacy: whether the tokenizer begins the text after a special token as it begins a prompt, with a
+                blank.
             pad_token_id: not counted among `input_ids`.
             max_length: counts that reach it are not checked.
 
@@ -46,7 +48,8 @@ class RoundMasking:
 
     Attributes:
         round_end: what ends a round; one token, which is trained on.
-        answer_start: what stands between instruction and answer. A round without it, or with two, ends the counting.
+        answer_start: what stands between instruction and answer. A round without it, or with two, ends the
+            counting.
     """
 
     round_end: str
@@ -70,8 +73,9 @@ class RoundMasking:
             halves = part.split(self.answer_start)
             if len(halves) != 2:
                 break
-            # alone, a round has a start token, which makes up for the end token that splitting took from it; an instruction has that
-            # and a token for its trailing blank, which in the prompt is part of the answer's first word
+            # alone, a round has a start token, which makes up for the end token that splitting took from it;
+            # an instruction has that and a token for its trailing blank, which in the prompt is part of the
+            # answer's first word
             whole, instruction = count(part), count(halves[0] + self.answer_start) - 2
             if (
                 number > 0 and not legacy

@@ -1,4 +1,7 @@
-"""Conversation templates: how turns become one prompt, each a small value (llava/conversation.py of haotian-liu/LLaVA)."""
+"""Conversation templates: how turns become one prompt, each a small value.
+
+After llava/conversation.py of haotian-liu/LLaVA.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +21,8 @@ class Segment:
     Attributes:
         text: as it stands in the prompt.
         supervised: whether the model learns to write it.
-        end: what the prompt puts behind it to end an answer (``</s>``), the tokenizer's end token; supervised as `text` is.
+        end: what the prompt puts behind it to end an answer (``</s>``), the tokenizer's end token; supervised
+            as `text` is.
     """
 
     text: str
@@ -35,9 +39,12 @@ class Template:
         system: the text before the first turn.
         roles: how the prompt names the human and the model.
         separators: what follows a human turn and a model turn.
-        layout: turns to the segments whose texts and ends, joined, are the prompt; raises TextError for turns it cannot take.
-        masking: the reference's way to find in the tokens what is not trained on; None where the segments already are what it tokenises.
-        alternates: whether turns must alternate human, gpt, human, ...; a first turn that is not human's is dropped.
+        layout: turns to the segments whose texts and ends, joined, are the prompt; raises TextError for turns
+            it cannot take.
+        masking: the reference's way to find in the tokens what is not trained on; None where the segments
+            already are what it tokenises.
+        alternates: whether turns must alternate human, gpt, human, ...; a first turn that is not human's is
+            dropped.
     """
 
     name: str
@@ -50,7 +57,7 @@ class Template:
 
 
 def _caption(template: Template, turns: Sequence[Turn]) -> list[Segment]:
-    """The image, its caption and a newline; the question asked about it is left out (LLaVA's `preprocess_plain`)."""
+    """The image, its caption and a newline, without the question (LLaVA's `preprocess_plain`)."""
     if len(turns) != 2:
         raise TextError(
             "plain-needs-two-turns", f"{len(turns)} turns; template 'plain' takes a question and a caption"

@@ -1,4 +1,4 @@
-"""Tokenizers: what `LlavaText` needs of one, and two that need nothing but themselves or a SentencePiece file."""
+"""Tokenizers: what `LlavaText` needs of one, and two that need at most a SentencePiece file."""
 
 import os
 import re
@@ -54,7 +54,8 @@ class Tokens:
 class ByteTokenizer:
     """A token for every byte of UTF-8, after three special ones: 0 padding (and unknown), 1 start, 2 end.
 
-    It needs no file and fits the tiniest model. Special tokens are never read from text, so no text can end an answer.
+    It needs no file and fits the tiniest model. Special tokens are never read from text, so no text can end
+    an answer.
 
     Attributes:
         vocab_size: 259.
@@ -71,26 +72,27 @@ class ByteTokenizer:
         return Tokens([self.bos_token_id, *tokens] if add_special_tokens else tokens)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens; special ones and those beyond the vocabulary are left out, broken UTF-8 is replaced."""
+        """The text of tokens, special and unknown ones left out and broken UTF-8 replaced."""
         return bytes(token - 3 for token in tokens if 3 <= token < self.vocab_size).decode("utf-8", "replace")
 
 
 class SentencePieceTokenizer:
-    """Llama's tokenizer from its SentencePiece file, token for token as transformers 4.37's slow LlamaTokenizer.
+    """Llama's tokenizer from its SentencePiece file, as transformers 4.37's slow LlamaTokenizer.
 
-    The special tokens ``<s>``, ``</s>`` and ``<unk>`` are cut out of the text first; every stretch between them is encoded by itself.
-    SentencePiece is trained on words with a blank before them. *legacy* therefore puts one before every stretch, otherwise only the
-    text as a whole begins with one:
+    The special tokens ``<s>``, ``</s>`` and ``<unk>`` are cut out of the text first; every stretch between
+    them is encoded by itself. SentencePiece is trained on words with a blank before them. *legacy* therefore
+    puts one before every stretch, otherwise only the text as a whole begins with one:
 
         text          legacy                        not legacy
         Hi</s>USER    <s> "▁Hi" </s> "▁US" "ER"     <s> "▁Hi" </s> "USER"
 
-    The blank put before a text that begins with a special token makes no token. Padding is ``<unk>``, as LLaVA sets it.
+    The blank put before a text that begins with a special token makes no token. Padding is ``<unk>``, as
+    LLaVA sets it.
 
     Args:
         path: the model file, ``tokenizer.model``.
-        legacy: as ``legacy`` in the model's tokenizer_config.json; where that says nothing (Vicuna 1.1 and 1.3), it is True. Default
-            False (Vicuna 1.5).
+        legacy: as ``legacy`` in the model's tokenizer_config.json; where that says nothing (Vicuna 1.1 and
+            1.3), it is True. Default False (Vicuna 1.5).
 
     Raises:
         UsageError: no such file, or it is not a SentencePiece model with start, end and unknown tokens.
@@ -129,8 +131,8 @@ class SentencePieceTokenizer:
             raise UsageError(
                 "SentencePieceTokenizer needs sentencepiece: pip install 'shardify[train]'"
             ) from None
-        # the model is a protocol buffer, where what is appended overrides: normalizer_spec.add_dummy_prefix = false, so that blanks
-        # before stretches are ours to put
+        # the model is a protocol buffer, where what is appended overrides: normalizer_spec.add_dummy_prefix =
+        # false, so that blanks before stretches are ours to put
         model = self._model + b"\x1a\x02\x18\x00"
         try:
             return SentencePieceProcessor(model_proto=model)
@@ -151,8 +153,8 @@ class SentencePieceTokenizer:
 
         Args:
             text: the text.
-            add_special_tokens: True (default): a text of its own, begun with the start token and a blank. False: one that continues
-                another, with neither.
+            add_special_tokens: True (default): a text of its own, begun with the start token and a blank.
+                False: one that continues another, with neither.
         """
         tokens = [self.bos_token_id] if add_special_tokens else []
         blank = add_special_tokens
