@@ -37,11 +37,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# torch first and alone: a resolver that sees it among others may prefer a build with gigabytes of CUDA
+# torch first and alone: a resolver that sees it among others may prefer a build with gigabytes of CUDA;
+# mistral-common without its dependencies: tests read a SentencePiece model that it ships, and import nothing of it
 $(READY): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps mistral-common
 	touch $@
 
 clean:
