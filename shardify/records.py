@@ -93,6 +93,7 @@ def parse_record(data: bytes | memoryview) -> Sample:
     if len(data) > MAX_RECORD_BYTES:
         raise RecordError("record-too-large", f"{len(data)} bytes; the limit is {MAX_RECORD_BYTES}")
     try:
+        str(data, "utf-8")  # msgspec does not look inside texts it need not decode
         record = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         # a second, tolerant and slower reader: for what LLaVA's json.load accepts, and for a precise reason

@@ -1,0 +1,328 @@
+"""Executes one shard of a plan: reads its records and images, writes the tar and its sidecar. Knows no engine.
+
+Any process that reaches the sources can do it: a task is small, picklable and complete, and its result is on disk when it is done. Both
+files are written in OUT/.packing and renamed, the sidecar last, so that a sidecar under its final name says that its shard is done.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from shardify.audit import describe
+from shardify.errors import FormatError, ImageError, PackError, RecordError, SampleError
+from shardify.format import names
+from shardify.format.sidecar import ImageInfo, SampleRow, SetAside, ShardInfo, read_shard_info, write_sidecar
+from shardify.format.tar import ShardWriter, sample_span
+from shardify.images.probe import ImageHeader, probe, same_format
+from shardify.images.stores import MISSING, ImageReader, Location
+from shardify.records import MAX_RECORD_BYTES, Sample, load_record, parse_record
+
+RECORD_DTYPE = np.dtype(
+    [
+        ("offset", "<i8"),  # of the record in its file
+        ("length", "<i8"),
+        ("span", "<i8"),  # bytes of its sample in a shard; 0 when it is known to be bad
+        ("images", "<u4"),  # rows of image locations it has
+        ("file", "<u2"),  # number of its file
+        ("code", "u1"),  # why it is known to be bad, 0 when it is not
+        ("repeated", "?"),  # an earlier record has the same id
+    ]
+)
+"""What is kept of a record between the survey and its packing."""
+
+_MAX_SPAN = 2**32 - 1
+_MAX_IMAGES = 2**16 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class PackContext:
+    """What all tasks of a run share.
+
+    Attributes:
+        out: the output folder.
+        plan: identifies the plan; written into every sidecar.
+        digits: of a key.
+        record_files: path and name of each record file.
+        file_starts: the number of each file's first record among all records.
+        readers: one for each image store.
+        searched: why an image is missing: the stores that do not hold it.
+        fail: stop at the first record that cannot be packed.
+    """
+
+    out: str
+    plan: str
+    digits: int
+    record_files: tuple[tuple[str, str], ...]
+    file_starts: tuple[int, ...]
+    readers: tuple[ImageReader, ...]
+    searched: str
+    fail: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardTask:
+    """One shard to pack.
+
+    Attributes:
+        name: the tar's name.
+        position: of the first record in the planned order.
+        numbers: int64 [n], the records' numbers among all records, in planned order.
+        records: [n] of `RECORD_DTYPE`.
+        images: [m] of `LOCATION_DTYPE`: the images of these records, one after another.
+    """
+
+    name: str
+    position: int
+    numbers: npt.NDArray[np.int64]
+    records: npt.NDArray[np.void]
+    images: npt.NDArray[np.void]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What became of a task: counts of samples, bytes of the tar, and records set aside by reason."""
+
+    name: str
+    samples: int
+    bytes: int
+    set_aside: dict[str, int]
+
+
+def finished_shard(out: str, tar_name: str, plan: str) -> ShardInfo | None:
+    """What the sidecar of a finished shard says; None when the shard is still to be packed."""
+    try:
+        info = read_shard_info(os.path.join(out, names.sidecar_name(tar_name)))
+        size = os.stat(os.path.join(out, tar_name)).st_size
+    except (FormatError, FileNotFoundError):
+        return None
+    return info if info.plan == plan and info.bytes == size else None
+
+
+def pack_shard(context: PackContext, task: ShardTask) -> ShardResult:
+    """Pack one shard.
+
+    Raises:
+        PackError: a file cannot be written, or a record is bad and `context.fail` is set.
+    """
+    sidecar_name = names.sidecar_name(task.name)
+    work = os.path.join(context.out, names.WORK_FOLDER)
+    tar, sidecar = os.path.join(work, task.name), os.path.join(work, sidecar_name)
+    try:
+        with open(tar, "wb", buffering=0) as file:
+            writer = ShardWriter(file)
+            content = _write_samples(context, task, writer)
+            digest = writer.close()
+            os.fsync(file.fileno())
+        info = ShardInfo(
+            bytes=writer.offset,
+            xxh3_128=digest,
+            set_aside=content.set_aside,
+            notes=dict(sorted(content.notes.items())),
+            tolerant=content.tolerant,
+            plan=context.plan,
+        )
+        write_sidecar(sidecar, content.rows, info)
+        os.rename(tar, os.path.join(context.out, task.name))
+        os.rename(sidecar, os.path.join(context.out, sidecar_name))
+        sync_folder(context.out)
+    except OSError as error:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        raise PackError(f"shard {task.name}: {where}{error.strerror or error}") from None
+    counts = Counter(item.code for item in content.set_aside)
+    return ShardResult(task.name, len(content.rows), info.bytes, dict(counts))
+
+
+def find_faults(context: PackContext, task: ShardTask) -> list[SetAside]:
+    """What `pack_shard` would set aside of this task; writes nothing."""
+    with open(os.devnull, "wb", buffering=0) as nowhere:
+        return _write_samples(context, task, ShardWriter(nowhere)).set_aside
+
+
+def sync_folder(path: str) -> None:
+    """Flush a folder's entries to disk, so that a rename survives a loss of power."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What is known of a shard beside its tar."""
+
+    rows: list[SampleRow] = field(default_factory=list)
+    set_aside: list[SetAside] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    tolerant: list[int] = field(default_factory=list)
+
+
+class _BadImage(Exception):  # noqa: N818 - never leaves this module
+    """A fault of one image of a record."""
+
+    def __init__(self, error: SampleError, path: str) -> None:
+        super().__init__()
+        self.error = error
+        self.path = path
+
+
+def _write_samples(context: PackContext, task: ShardTask, writer: ShardWriter) -> _Content:
+    content = _Content()
+    locations = iter(task.images.tolist())
+    for position, record, raw in _read_records(context, task):
+        rows = list(islice(locations, record.images))
+        sample: Sample | None = None
+        try:
+            sample = parse_record(raw)
+            images = _read_images(context, sample, rows)
+            _check_span(images, raw)
+        except _BadImage as fault:
+            content.set_aside.append(
+                _set_aside(context, record, raw, fault.error, sample=sample, image=fault.path)
+            )
+            continue
+        except SampleError as error:
+            content.set_aside.append(_set_aside(context, record, raw, error, sample=sample))
+            continue
+
+        key = names.sample_key(position, context.digits)
+        start = writer.offset
+        members, infos = [], []
+        for number, (data, header) in enumerate(images):
+            name = names.image_field(number, header.format, is_list=sample.image_is_list)
+            members.append(writer.add(key, name, data))
+            infos.append(ImageInfo(name, header.format, header.width, header.height))
+        members.append(writer.add(key, "json", raw))
+        if not sample.strict:
+            content.tolerant.append(len(content.rows))
+        content.notes.update(_notes(sample, images, repeated=record.repeated))
+        content.rows.append(
+            SampleRow(
+                key=key,
+                id=sample.id,
+                record=record.number,
+                offset=start,
+                size=writer.offset - start,
+                members=members,
+                images=infos,
+                turns=len(sample.turns),
+                words=sample.words,
+                source=record.source,
+            )
+        )
+    return content
+
+
+class _Record(NamedTuple):
+    number: int  # in its source
+    source: str
+    images: int
+    repeated: bool
+
+
+def _read_records(context: PackContext, task: ShardTask) -> Iterator[tuple[int, _Record, bytes]]:
+    """Position, whereabouts and bytes of each record of the shard."""
+    fields = task.records[["offset", "length", "images", "file", "repeated"]].tolist()
+    with ExitStack() as stack:
+        descriptors: dict[int, int] = {}
+        for position, number, (offset, length, images, file, repeated) in zip(
+            range(task.position, task.position + len(fields)), task.numbers.tolist(), fields, strict=True
+        ):
+            path, name = context.record_files[file]
+            if file not in descriptors:
+                descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, descriptors[file])
+            raw = os.pread(descriptors[file], length, offset)
+            if len(raw) < length:
+                raise PackError(f"{path}: has become shorter while it was packed")
+            yield position, _Record(number - context.file_starts[file], name, images, repeated), raw
+
+
+def _read_images(
+    context: PackContext, sample: Sample, rows: list[tuple[int, int, int, int, int, int]]
+) -> list[tuple[bytes, ImageHeader]]:
+    """The bytes and headers of a sample's images, located by rows of `LOCATION_DTYPE`."""
+    images: list[tuple[bytes, ImageHeader]] = []
+    path = ""
+    try:
+        paths = []
+        for image, row in zip(sample.images, rows, strict=True):
+            path = image.path
+            paths.append(image.parts())
+            if row[-1] == MISSING:
+                raise ImageError("image-missing", context.searched)
+        for image, parts, (*location, store) in zip(sample.images, paths, rows, strict=True):
+            path = image.path
+            data = context.readers[store].read(parts, Location(*location))
+            images.append((data, probe(data)))
+    except SampleError as error:
+        raise _BadImage(error, path) from None
+    return images
+
+
+def _check_span(images: list[tuple[bytes, ImageHeader]], raw: bytes) -> None:
+    span = sample_span([*(len(data) for data, _ in images), len(raw)])
+    if span > _MAX_SPAN or len(images) > _MAX_IMAGES:
+        raise RecordError("sample-too-large", f"{span} bytes, {len(images)} images")
+
+
+def _notes(sample: Sample, images: list[tuple[bytes, ImageHeader]], *, repeated: bool) -> list[str]:
+    notes = []
+    if sample.id is None:
+        notes.append("id-missing")
+    elif repeated:
+        notes.append("id-repeated")
+    for image, (_, header) in zip(sample.images, images, strict=True):
+        stem, dot, extension = image.path.rpartition(".")
+        if stem and dot and not same_format(extension, header.format):
+            notes.append("image-extension-differs")
+            break
+    if not sample.strict:
+        notes.append("record-tolerant")
+    return notes
+
+
+def _set_aside(
+    context: PackContext,
+    record: _Record,
+    raw: bytes,
+    error: SampleError,
+    *,
+    sample: Sample | None = None,
+    image: str | None = None,
+) -> SetAside:
+    item = SetAside(
+        record=record.number,
+        source=record.source,
+        id=sample.id if sample else _id_of(raw),
+        code=error.code,
+        detail=_printable(error.detail),
+        image=None if image is None else _printable(image),
+    )
+    if context.fail:
+        raise PackError(f"{describe(item)} (--on-bad fail)")
+    return item
+
+
+def _id_of(raw: bytes) -> str | None:
+    """The id of a record that cannot be a sample, where it has one."""
+    if len(raw) > MAX_RECORD_BYTES:
+        return None
+    try:
+        record = load_record(raw)
+    except RecordError:
+        return None
+    return json.dumps(record["id"]) if "id" in record else None
+
+
+def _printable(text: str) -> str:
+    """Lone surrogates, which no UTF-8 file can hold, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
