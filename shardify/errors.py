@@ -33,6 +33,10 @@ class StateError(ShardifyError):
     """A loader state that belongs to other shards or another order."""
 
 
+class LoaderError(ShardifyError):
+    """The loader cannot go on: a worker died."""
+
+
 class SampleError(ShardifyError):
     """One record or image cannot be used.
 

@@ -13,6 +13,34 @@ QUARANTINE = "quarantine.jsonl"
 WORK_FOLDER = ".packing"
 """Holds unfinished files while a data set is written; gone when it is done."""
 
+RECORD_FIELD = "json"
+"""The member that holds the record."""
+
+_IMAGE_FORMATS = frozenset(
+    [
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "apng",
+        "gif",
+        "webp",
+        "bmp",
+        "dib",
+        "tif",
+        "tiff",
+        "avif",
+        "jp2",
+        "j2k",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+        "ico",
+        "qoi",
+    ]
+)
 _MIN_SHARD_DIGITS = 3
 _MIN_KEY_DIGITS = 9
 
@@ -40,3 +68,8 @@ def sample_key(position: int, digits: int) -> str:
 def image_field(number: int, image_format: str, *, is_list: bool) -> str:
     """The member field of an image: ``jpg``, or ``0.jpg`` when the record's ``image`` is a list."""
     return f"{number}.{image_format}" if is_list else image_format
+
+
+def is_image_field(field: str) -> bool:
+    """Whether a member is an image by its name: ``jpg``, ``0.png``, ``image.JPEG``, in shards of any origin."""
+    return field.rpartition(".")[2].lower() in _IMAGE_FORMATS

@@ -1,0 +1,94 @@
+"""`Batch`: what the loader hands out. All of a rank's tensors of one step, and where they came from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFault:
+    """A sample that became a filler.
+
+    Attributes:
+        position: in the epoch.
+        key: in its shard; empty when the shard could not be read so far.
+        shard: path of the tar.
+        offset: of the sample in it, in bytes.
+        code: the reason code.
+        detail: what was seen.
+    """
+
+    position: int
+    key: str
+    shard: str
+    offset: int
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """S samples in B rows; B = S unless samples are packed into rows.
+
+    A filler stands where a rank has no sample, or where a sample could not be used: `valid` is False, the key is empty, the position -1;
+    it has one padding token, attended, with label -100, and no image.
+
+    Attributes:
+        keys: of the samples in their shards, S strings.
+        positions: int64 [S], in the epoch.
+        valid: bool [S].
+        rows: int64 [S], the row each sample is in.
+        records: the JSON records as stored, S byte strings (empty for fillers), when the loader's `text` is None.
+        input_ids: int64 [B, L], padded with the tokenizer's padding token; -200 stands for an image. None without `text`.
+        labels: int64 [B, L], padded with -100. None without `text`.
+        attention_mask: bool [B, L]. None without `text`.
+        position_ids: int64 [B, L] when packed.
+        segment_ids: int64 [B, L] when packed.
+        images: uint8 [n, 3, H, W], channels last in memory (as decoded; `.contiguous()` reorders), n images of the batch, 0 allowed; flat
+            uint8 for ragged fits; a list of n encoded images when the loader's `image` is None.
+        image_samples: int64 [n], the sample each image belongs to.
+        image_shapes: int64 [n, 2], for ragged fits.
+        image_tiles: int64 [images], for anyres.
+        image_sizes: int64 [images, 2], for anyres.
+        state: the loader's state after this batch, equal on all ranks; JSON-able.
+        faults: samples of this batch that became fillers.
+    """
+
+    keys: list[str]
+    positions: torch.Tensor
+    valid: torch.Tensor
+    rows: torch.Tensor
+    records: list[bytes] | None = None
+    input_ids: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    segment_ids: torch.Tensor | None = None
+    images: torch.Tensor | list[bytes]
+    image_samples: torch.Tensor
+    image_shapes: torch.Tensor | None = None
+    image_tiles: torch.Tensor | None = None
+    image_sizes: torch.Tensor | None = None
+    state: dict[str, Any]
+    faults: tuple[SampleFault, ...] = ()
+    _copied: Callable[[torch.cuda.Event], None] | None = field(default=None, repr=False)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
+        """The batch with its tensors on `device`.
+
+        Copies to a CUDA device run on the current stream, and beside the host when the memory is pinned; the source is kept until they
+        are complete, so this batch may be dropped at once.
+        """
+        device = torch.device(device)
+        moved: dict[str, Any] = {
+            item.name: value.to(device, non_blocking=non_blocking)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), torch.Tensor)
+        }
+        if device.type == "cuda" and self._copied is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            self._copied(event)
+        return replace(self, **moved, _copied=None)

@@ -1,0 +1,100 @@
+"""Sample bytes from local shards: positioned reads, neighbours in one, the whole batch announced to the kernel first."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+import numpy as np
+import numpy.typing as npt
+
+from shardify.errors import SampleError
+
+_OPEN_FILES = 64
+_MAX_READ = 256 * 1024 * 1024  # bytes in one read of neighbouring samples
+
+
+class LocalFetcher:
+    """Reads spans of shards. One per process.
+
+    Args:
+        paths: of the shards, by number.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def read(
+        self, shards: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[int, memoryview | SampleError]]:
+        """The bytes of each span, or why they cannot be had.
+
+        Args:
+            shards: int64 [n], numbers of shards.
+            offsets: int64 [n], where the spans begin.
+            sizes: int64 [n], their bytes.
+
+        Yields:
+            (i, bytes of span i), each i once, in the order of the shards' bytes.
+        """
+        runs = list(_runs(shards, offsets, sizes))
+        for shard, begin, end, _ in runs:
+            # announced before anything is decoded, so that the disk works while the processor does
+            with suppress(OSError):
+                os.posix_fadvise(self._file(shard), begin, end - begin, os.POSIX_FADV_WILLNEED)
+        for shard, begin, end, spans in runs:
+            try:
+                data = memoryview(_read_fully(self._file(shard), begin, end - begin))
+            except OSError as error:
+                for number in spans:
+                    yield number, SampleError("shard-unreadable", f"{error.strerror or error}")
+                continue
+            for number in spans:
+                first = int(offsets[number]) - begin
+                span = data[first : first + int(sizes[number])]
+                if len(span) < sizes[number]:
+                    yield (
+                        number,
+                        SampleError("shard-truncated", f"the shard ends at byte {begin + len(data)}"),
+                    )
+                else:
+                    yield number, span
+
+    def _file(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if len(self._open) >= _OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[shard]
+
+
+def _runs(
+    shards: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+) -> Iterator[tuple[int, int, int, list[int]]]:
+    """(shard, begin, end, spans) of stretches without a gap."""
+    shard = begin = end = -1
+    spans: list[int] = []
+    for number in np.lexsort((offsets, shards)).tolist():
+        at, size = int(offsets[number]), int(sizes[number])
+        if shards[number] == shard and at == end and at + size - begin <= _MAX_READ:
+            end += size
+            spans.append(number)
+            continue
+        if spans:
+            yield shard, begin, end, spans
+        shard, begin, end, spans = int(shards[number]), at, at + size, [number]
+    if spans:
+        yield shard, begin, end, spans
+
+
+def _read_fully(file: int, begin: int, size: int) -> bytes | bytearray:
+    data = os.pread(file, size, begin)
+    if len(data) == size:
+        return data
+    whole = bytearray(data)  # a signal or the file's end came between
+    while len(whole) < size and (more := os.pread(file, size - len(whole), begin + len(whole))):
+        whole += more
+    return whole

@@ -1,0 +1,361 @@
+"""`StreamingLoader`: executes the plan of an epoch with worker processes.
+
+The main process plans (`loaders.order`, `loaders.batching`) and owns the memory; workers fetch, tokenise and decode (`loaders.build`).
+Batches come back in order. The plan runs on over the end of an epoch, so that the next one's first batches are ready when it begins.
+"""
+
+import copy
+import math
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.utils.data import DataLoader
+
+from loaders.batch import Batch
+from loaders.batching import FILLER, IntArray, PlainBatches
+from loaders.build import BatchBuilder, BatchPlan, Built, ImageFit, Text, start_worker
+from loaders.order import Order, Shuffle, default_lanes, make_order
+from loaders.report import LoaderReport
+from loaders.slabs import SlabPool
+from loaders.state import State, check_state, make_state
+from shardify.errors import LoaderError, UsageError
+from shardify.format.shards import ShardSet, open_shards
+
+_PLANNED_POSITIONS = 1 << 15  # evaluated at a time: large enough for numpy, small enough to begin at once
+_SPARE_SLABS = 4  # for batches in the user's hands
+
+
+@dataclass(slots=True)
+class _Pending:
+    """What the main process keeps of a batch while a worker builds it."""
+
+    state: State  # after it
+    slab: int | None
+    overflowed: bool
+    ends_epoch: bool
+
+
+class StreamingLoader:
+    """Streams a data set as batches: every sample once an epoch, as many batches on every rank, from any position on.
+
+    ``for batch in loader`` runs to the end of the epoch; after a ``break`` the next ``for`` continues it. A sample that cannot be read,
+    tokenised or decoded becomes a filler at its position, is listed in `Batch.faults` and counted in `report()`.
+
+    Args:
+        shards: a brace pattern (``"data/{000..003}.tar"``), a folder, a manifest.json, or a list of patterns and tars.
+        batch_size: samples per rank; or give `global_batch_size`.
+        global_batch_size: samples over all ranks, a multiple of the world size.
+        image: fits images, such as `ImageTransform`; None (default) leaves their bytes.
+        text: tokenises records, such as `LlavaText`; None (default) leaves their bytes.
+        shuffle: ``"block"`` (default), ``"full"`` or None for manifest order; docs/order.md describes them.
+        seed: of the shuffle. Default 0.
+        drop_last: leave out a short last batch instead of filling it up. Default False.
+        num_workers: worker processes of this rank; 0 builds batches in this process. Default 4.
+        prefetch: batches planned ahead for each worker. Default 2.
+        rank: of this process; by default torch.distributed's when that is initialised, else 0.
+        world_size: ranks; by default torch.distributed's, else 1.
+        lanes: of the block shuffle; by default 64, or the world size when that is larger. A loaded state brings its own.
+        block: neighbouring samples that the block shuffle keeps in one lane. Default 32.
+        window: blocks whose samples it mixes. Default 8.
+
+    Raises:
+        UsageError: arguments that contradict each other.
+        FormatError: shards that are missing or damaged.
+    """
+
+    def __init__(
+        self,
+        shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
+        image: ImageFit | None = None,
+        text: Text | None = None,
+        shuffle: Shuffle = "block",
+        seed: int = 0,
+        drop_last: bool = False,
+        num_workers: int = 4,
+        prefetch: int = 2,
+        rank: int | None = None,
+        world_size: int | None = None,
+        lanes: int | None = None,
+        block: int = 32,
+        window: int = 8,
+    ) -> None:
+        self.rank, self.world_size = _place(rank, world_size)
+        for name, value, least in (("num_workers", num_workers, 0), ("prefetch", prefetch, 1)):
+            if value < least:
+                raise UsageError(f"{name}={value}: at least {least} is needed")
+        if batch_size is not None and global_batch_size is None:
+            global_batch_size = batch_size * self.world_size
+        elif batch_size is not None or global_batch_size is None:
+            raise UsageError("batch_size (per rank) or global_batch_size is needed, and not both")
+        self._shards = open_shards(shards)
+        self._image, self._text = image, text
+        self._seed, self._shuffle, self._block, self._window = seed, shuffle, block, window
+        self._batches = PlainBatches(
+            length=len(self._shards.index),
+            global_batch_size=global_batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            drop_last=drop_last,
+        )
+        if len(self._shards.index) < self.world_size:
+            warnings.warn(
+                f"{len(self._shards.index)} samples for {self.world_size} ranks: some ranks see fillers alone",
+                stacklevel=2,
+            )
+        self._num_workers, self._prefetch = num_workers, prefetch
+        self._report = LoaderReport()
+        self._pending: deque[_Pending] = deque()
+        self._stream: Iterator[Built] | None = None
+        self._slab_images = self._images_per_slab()
+        self._slabs = SlabPool(
+            prefetch * max(num_workers, 1) + _SPARE_SLABS,
+            self._slab_images * math.prod(image.shape) if image is not None else 0,
+        )
+        self._order, self._state = self._take_up(lanes or default_lanes(self.world_size), epoch=0, start=0)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next batch, from 0."""
+        epoch: int = self._state["epoch"]
+        return epoch
+
+    def __len__(self) -> int:
+        """Batches left in this epoch, the same on every rank."""
+        return self._batches.count(self._state["position"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of this epoch."""
+        if not len(self):
+            self._state = _state_at(self._state, self.epoch + 1, 0, 0)
+            return
+        ends_epoch = False
+        while not ends_epoch:
+            batch, ends_epoch = self._next_batch()
+            self._state = batch.state
+            yield batch
+
+    def state_dict(self) -> State:
+        """The state after the last batch handed out, as that batch's `state`: a JSON-able dict, equal on all ranks."""
+        return copy.deepcopy(self._state)
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from a state, also one of another world size, batch size or number of workers.
+
+        Raises:
+            StateError: a state of other shards or another order, with what differs.
+        """
+        check_state(state, self._state, length=self._batches.length)
+        self.close()
+        self._order, self._state = self._take_up(
+            state["lanes"], epoch=state["epoch"], start=state["position"]
+        )
+
+    def report(self) -> LoaderReport:
+        """What went wrong or was odd in the batches handed out so far, on this rank."""
+        return copy.deepcopy(self._report)
+
+    def close(self) -> None:
+        """End the workers. The next ``for`` starts others; batches in the user's hands stay valid."""
+        self._stream = None  # DataLoader ends its workers when its iterator goes
+        for pending in self._pending:
+            if pending.slab is not None:
+                self._slabs.release(pending.slab)
+        self._pending.clear()
+
+    def _take_up(self, lanes: int, *, epoch: int, start: int) -> tuple[Order, State]:
+        settings = {"shuffle": self._shuffle, "block": self._block, "window": self._window}
+        order = make_order(
+            self._batches.length,
+            shuffle=self._shuffle,
+            seed=self._seed,
+            lanes=lanes,
+            block=self._block,
+            window=self._window,
+        )
+        state = make_state(
+            epoch=epoch,
+            position=start,
+            start=start,
+            seed=self._seed,
+            lanes=lanes,
+            settings=settings,
+            fingerprint=self._shards.fingerprint,
+        )
+        return order, state
+
+    def _next_batch(self) -> tuple[Batch, bool]:
+        if self._stream is None:
+            self._stream = self._start()
+        try:
+            built = next(self._stream)
+        except RuntimeError as error:
+            self.close()
+            if "DataLoader worker" not in str(error):
+                raise
+            raise LoaderError(
+                f"{error} Out of memory? Fewer workers, a smaller batch, or num_workers=0 to see more"
+            ) from error
+        pending = self._pending.popleft()
+        batch = self._collate(built, pending)
+        self._report.add(
+            samples=int(batch.valid.sum()),
+            faults=built.faults,
+            notes=built.notes,
+            overflowed=pending.overflowed,
+        )
+        return batch, pending.ends_epoch
+
+    def _start(self) -> Iterator[Built]:
+        """Workers at work from the current state on."""
+        builder = BatchBuilder(self._shards, self._image, self._text, self._slabs)
+        workers: dict[str, Any] = {}
+        if self._num_workers:
+            # forked: nothing is pickled or imported again, and no semaphore name is left behind by a kill
+            workers = {
+                "multiprocessing_context": "fork",
+                "prefetch_factor": self._prefetch,
+                "worker_init_fn": partial(start_worker, parent=os.getpid()),
+            }
+        stream: Iterator[Built] = iter(
+            DataLoader(
+                builder,  # type: ignore[arg-type]  # a data set whose keys are plans
+                sampler=_Planner(
+                    self._shards,
+                    self._order,
+                    self._batches,
+                    self._state,
+                    self._slabs,
+                    self._slab_images,
+                    self._pending,
+                ),
+                batch_size=None,
+                collate_fn=_unchanged,
+                num_workers=self._num_workers,
+                generator=torch.Generator(),  # its own: the user's random numbers stay as they are
+                **workers,
+            )
+        )
+        self._slabs.pin()
+        return stream
+
+    def _images_per_slab(self) -> int:
+        """Enough for a batch of ordinary size; those with more images overflow."""
+        if self._image is None:
+            return 0
+        size = self._batches.global_batch_size // self.world_size
+        images = self._shards.index["images"][:: max(1, len(self._shards.index) // 4096)]
+        most = int(images.max(initial=0))
+        return size if most <= 1 else int(1.5 * size * images.mean()) + most
+
+    def _collate(self, built: Built, pending: _Pending) -> Batch:
+        """Tensors over a worker's arrays, and over the slab."""
+        images: torch.Tensor | list[bytes] = built.encoded
+        copied = None
+        if self._image is not None:
+            channels, height, width = self._image.shape
+            shape = (len(built.image_samples), height, width, channels)
+            pixels = built.pixels
+            if pending.slab is not None:
+                pixels = self._slabs.lend(pending.slab)[: math.prod(shape)].reshape(shape)
+                copied = partial(self._slabs.record_copy, pending.slab)
+            assert pixels is not None
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        positions = torch.from_numpy(built.positions)
+        input_ids = labels = attention_mask = None
+        if built.input_ids is not None and built.labels is not None and built.lengths is not None:
+            input_ids = torch.from_numpy(built.input_ids).to(torch.int64)
+            labels = torch.from_numpy(built.labels).to(torch.int64)
+            attention_mask = torch.arange(input_ids.shape[1]) < torch.from_numpy(built.lengths)[:, None]
+        return Batch(
+            keys=built.keys,
+            positions=positions,
+            valid=positions != FILLER,
+            rows=torch.arange(len(positions)),
+            records=built.records,
+            input_ids=input_ids,
+            labels=labels,
+            attention_mask=attention_mask,
+            images=images,
+            image_samples=torch.tensor(built.image_samples, dtype=torch.int64),
+            state=pending.state,
+            faults=tuple(built.faults),
+            _copied=copied,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """The plans of all batches from a state on, epoch after epoch; as a DataLoader's sampler, drawn as workers become free."""
+
+    shards: ShardSet
+    order: Order
+    batches: PlainBatches
+    state: State
+    slabs: SlabPool
+    slab_images: int  # that fit into a slab; 0 when images are not decoded
+    pending: deque[_Pending]
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        epoch, start = int(self.state["epoch"]), int(self.state["start"])
+        number = (self.state["position"] - start) // self.batches.global_batch_size
+        chunk = max(1, _PLANNED_POSITIONS * self.batches.world_size // self.batches.global_batch_size)
+        while count := self.batches.count(start):
+            for first in range(number, count, chunk):
+                numbers = range(first, min(first + chunk, count))
+                positions = [self.batches.positions(start, n) for n in numbers]
+                for n, plan in zip(numbers, self._plan(epoch, positions), strict=True):
+                    last = n + 1 == count
+                    after = (epoch + 1, 0, 0) if last else (epoch, self.batches.after(start, n), start)
+                    yield self._with_slab(plan, _state_at(self.state, *after), ends_epoch=last)
+            epoch, start, number = epoch + 1, 0, 0
+
+    def _plan(self, epoch: int, batches: list[IntArray]) -> Iterator[BatchPlan]:
+        """Where the samples of some batches lie, looked up together."""
+        positions = np.concatenate(batches)
+        samples = self.order.samples(epoch, positions[positions != FILLER])
+        rows = self.shards.index[samples]
+        shards = np.searchsorted(self.shards.starts, samples, side="right") - 1
+        offsets, sizes, images = (rows[name].astype(np.int64) for name in ("offset", "size", "images"))
+        end = 0
+        for batch in batches:
+            begin, end = end, end + int((batch != FILLER).sum())
+            cut = slice(begin, end)
+            yield BatchPlan(batch, shards[cut], offsets[cut], sizes[cut], images[cut])
+
+    def _with_slab(self, plan: BatchPlan, state: State, *, ends_epoch: bool) -> BatchPlan:
+        images = int(plan.images.sum()) if self.slab_images else 0
+        slab = self.slabs.acquire() if 0 < images <= self.slab_images else None
+        self.pending.append(_Pending(state, slab, images > 0 and slab is None, ends_epoch))
+        return replace(plan, slab=slab)
+
+
+def _state_at(state: State, epoch: int, position: int, start: int) -> State:
+    return {**state, "epoch": epoch, "position": position, "start": start}
+
+
+def _unchanged(built: Any) -> Any:
+    return built
+
+
+def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    if (rank is None) != (world_size is None):
+        raise UsageError(
+            f"rank={rank}, world_size={world_size}: give both, or none to take torch.distributed's"
+        )
+    if rank is not None and world_size is not None:
+        return rank, world_size
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1

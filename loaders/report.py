@@ -1,0 +1,56 @@
+"""What went wrong, or was odd, in the batches handed out: `loader.report()`."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from loaders.batch import SampleFault
+
+MAX_FAULTS = 1000
+"""So many faults are listed; all are counted."""
+
+_log = logging.getLogger("loaders")
+
+
+@dataclass(slots=True)
+class LoaderReport:
+    """Counts over the batches handed out so far, on this rank.
+
+    Attributes:
+        batches: handed out.
+        samples: valid ones in them.
+        faults: samples that became fillers, by reason code.
+        notes: odd texts that were kept, by code (`loaders.text.TextResult.notes`).
+        listed: the first `MAX_FAULTS` faults.
+        overflowed: batches whose pixels lay in ordinary memory because all slabs were in use.
+    """
+
+    batches: int = 0
+    samples: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    listed: list[SampleFault] = field(default_factory=list)
+    overflowed: int = 0
+
+    def add(
+        self, *, samples: int, faults: Iterable[SampleFault], notes: Iterable[str], overflowed: bool
+    ) -> None:
+        """Count a batch; the first fault of each code is logged as a warning."""
+        self.batches += 1
+        self.samples += samples
+        self.overflowed += overflowed
+        self.notes.update(notes)
+        for fault in faults:
+            if not self.faults[fault.code]:
+                _log.warning(
+                    "sample left out: %s (%s), %s offset %d, key %s; further ones of this kind are only counted in loader.report()",
+                    fault.code,
+                    fault.detail,
+                    fault.shard,
+                    fault.offset,
+                    fault.key or "unknown",
+                )
+            self.faults[fault.code] += 1
+            if len(self.listed) < MAX_FAULTS:
+                self.listed.append(fault)

@@ -1,0 +1,85 @@
+"""Reusable memory for pixels, shared with workers: nothing is named, allocated per batch, pickled or copied.
+
+One anonymous file (memfd), mapped before the workers are forked, is cut into slabs of equal size. The main process alone owns the free
+list: it sends a slab's number, or none, to a worker with a batch's plan, and wraps the slab in tensors when the batch comes back. A slab
+is free again when every tensor over it is gone and the copies out of it are complete. When the process group is killed the kernel takes
+the memory back; there is no name to leave behind, and /dev/shm is not involved.
+"""
+
+import mmap
+import os
+import weakref
+from collections import deque
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Bytes = npt.NDArray[np.uint8]
+
+_PAGE = mmap.PAGESIZE
+
+
+class SlabPool:
+    """`count` slabs of `size` bytes.
+
+    Args:
+        count: slabs; 0 is allowed.
+        size: bytes of each, rounded up to whole pages. Memory is only used once it is written.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self.size = -(-size // _PAGE) * _PAGE
+        self.count = count if size else 0
+        self._map: mmap.mmap | None = None
+        if self.count:
+            descriptor = os.memfd_create("slabs")
+            try:
+                os.ftruncate(descriptor, self.count * self.size)
+                self._map = mmap.mmap(descriptor, self.count * self.size)
+            finally:
+                os.close(descriptor)
+        self._free: deque[int] = deque(range(self.count))
+        self._copies: dict[int, list[Any]] = {}
+        self._draining: list[int] = []
+        self._pinned = False
+
+    def acquire(self) -> int | None:
+        """A free slab's number, or None when all are in use."""
+        for slab in [slab for slab in self._draining if all(event.query() for event in self._copies[slab])]:
+            self._draining.remove(slab)
+            del self._copies[slab]
+            self._free.append(slab)
+        try:
+            return self._free.popleft()
+        except IndexError:
+            return None
+
+    def memory(self, slab: int) -> Bytes:
+        """A slab's bytes, uint8 [size]; for workers, which must not keep it."""
+        assert self._map is not None
+        return np.frombuffer(self._map, np.uint8, self.size, slab * self.size)
+
+    def lend(self, slab: int) -> Bytes:
+        """A slab's bytes, uint8 [size], freed when the array and everything made over it are gone."""
+        memory = self.memory(slab)
+        weakref.finalize(memory, self.release, slab).atexit = False
+        return memory
+
+    def release(self, slab: int) -> None:
+        """Free a slab, once the copies recorded for it are complete."""
+        (self._draining if slab in self._copies else self._free).append(slab)
+
+    def record_copy(self, slab: int, event: Any) -> None:
+        """Keep a slab until `event` (torch.cuda.Event) has come to pass."""
+        self._copies.setdefault(slab, []).append(event)
+
+    def pin(self) -> None:
+        """Register the memory with CUDA, so that copies to the device run beside other work. Without CUDA nothing happens."""
+        if self._map is None or self._pinned or not torch.cuda.is_available():
+            return
+        whole = np.frombuffer(self._map, np.uint8)
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        status = cudart.cudaHostRegister(whole.ctypes.data, whole.nbytes, 0)
+        self._pinned = int(status) == 0
