@@ -1,0 +1,136 @@
+"""A record is read exactly, tolerantly where LLaVA's own reader is, and refused with a reason code and nothing else."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardify.errors import RecordError
+from shardify.records import ImageRef, load_record, parse_record, sample_of
+
+TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A  cat \n"}]
+
+
+def record(**fields):
+    return json.dumps({"id": "7", "conversations": TURNS, **fields}).encode()
+
+
+def test_a_record():
+    sample = parse_record(record(image="a/b.jpg", model="x"))
+    assert sample.id == '"7"'
+    assert sample.images == (ImageRef("a/b.jpg"),)
+    assert not sample.image_is_list
+    assert [turn.role for turn in sample.turns] == ["human", "gpt"]
+    assert sample.turns[1].text == "A  cat \n"
+    assert sample.words == 6
+    assert sample.strict
+
+
+@pytest.mark.parametrize("image", [None, "", []])
+def test_no_image(image):
+    assert parse_record(record(image=image)).images == ()
+
+
+def test_several_images():
+    sample = parse_record(record(image=["a.jpg", "b.png"]))
+    assert sample.images == (ImageRef("a.jpg"), ImageRef("b.png"))
+    assert sample.image_is_list
+    assert parse_record(record(image=["a.jpg"])).image_is_list
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(2327515, "2327515"), ("000123", '"000123"'), (None, "null"), (1.5, "1.5")]
+)
+def test_ids_keep_their_type(value, text):
+    assert parse_record(record(id=value)).id == text
+
+
+def test_a_record_without_id():
+    assert parse_record(json.dumps({"conversations": TURNS}).encode()).id is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"score": NaN, "conversations": [{"from": "human", "value": "a"}]}',
+        b'\xef\xbb\xbf{"conversations": [{"from": "human", "value": "a"}]}',
+        b'{"x": "\\ud800", "conversations": [{"from": "human", "value": "a"}]}',
+        b'{"x": "\xed\xa0\x80", "conversations": [{"from": "human", "value": "a"}]}',
+    ],
+)
+def test_what_only_a_tolerant_reader_takes(data):
+    sample = parse_record(data)
+    assert not sample.strict
+    assert sample.words == 1
+    assert load_record(data)["conversations"][0]["value"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "record-not-json"),
+        (b"nonsense", "record-not-json"),
+        (b'{"id": }', "record-not-json"),
+        (b'{"id": "\xff", "conversations": [{"from": "human", "value": "a"}]}', "record-not-json"),
+        (b'{"x": "\xff", "conversations": [{"from": "human", "value": "a"}]}', "record-not-json"),
+        (b"[" * 100_000, "record-not-json"),
+        (b"[1]", "record-not-object"),
+        (b"null", "record-not-object"),
+        (b"{}", "no-conversations"),
+        (record(conversations=[]), "no-conversations"),
+        (record(conversations="hello"), "no-conversations"),
+        (record(conversations=None), "no-conversations"),
+        (record(conversations=["hello"]), "bad-turn"),
+        (record(conversations=[{"from": "human"}]), "bad-turn"),
+        (record(conversations=[{"from": "human", "value": 3}]), "bad-turn"),
+        (record(image=3), "image-not-a-path"),
+        (record(image=["a", None]), "image-not-a-path"),
+        (record(image={"path": "a"}), "image-not-a-path"),
+    ],
+)
+def test_what_is_refused(data, code):
+    with pytest.raises(RecordError) as error:
+        parse_record(data)
+    assert error.value.code == code
+
+
+@given(data=st.binary(max_size=60) | st.text(max_size=40).map(lambda text: f'{{"id": {text}}}'.encode()))
+def test_any_bytes_are_a_sample_or_a_reason(data):
+    try:
+        parse_record(data)
+    except RecordError as error:
+        assert error.code
+
+
+@given(
+    id_=st.none() | st.integers() | st.text(),
+    image=st.none() | st.text() | st.lists(st.text(), max_size=3),
+    turns=st.lists(st.fixed_dictionaries({"from": st.text(), "value": st.text()}), min_size=1, max_size=4),
+)
+def test_both_readers_agree(id_, image, turns):
+    value = {"id": id_, "image": image, "conversations": turns}
+    fast, slow = parse_record(json.dumps(value).encode()), sample_of(value)
+    assert fast == slow
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("a.jpg", ("a.jpg",)),
+        ("./a//b/c d+é.JPG", ("a", "b", "c d+é.JPG")),
+        ("a\\b.jpg", ("a", "b.jpg")),
+        ("a/...", ("a", "...")),
+    ],
+)
+def test_image_paths(path, parts):
+    assert ImageRef(path).parts() == parts
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../a.jpg", "a/../../b.jpg", "a\\..\\b.jpg", "C:\\a.jpg", "a\0b", ".", "/"]
+)
+def test_unsafe_image_paths(path):
+    with pytest.raises(RecordError) as error:
+        ImageRef(path).parts()
+    assert error.value.code == "image-path-unsafe"
