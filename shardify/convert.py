@@ -273,6 +273,8 @@ def _pack_shards(
             count(shard, Counter(item.code for item in info.set_aside))
     if len(todo) < plan.shards:
         print(f"{plan.shards - len(todo)} of {plan.shards} shards are finished already", file=sys.stderr)
+    if not todo:
+        return
 
     def tasks() -> Iterator[ShardTask]:
         for shard in todo:
@@ -281,10 +283,14 @@ def _pack_shards(
     workers = options.workers or len(os.sched_getaffinity(0))
     done = total - sum(sizes[shard_names[shard]] for shard in todo)
     number = {name: shard for shard, name in enumerate(shard_names)}
-    with Progress("packing", total=total, done=done) as progress:
-        for result in run_shards(context, tasks(), workers=max(1, min(workers, len(todo)))):
-            progress.advance(sizes[result.name], result.bytes)
-            count(number[result.name], Counter(result.set_aside))
+    try:
+        with Progress("packing", total=total, done=done) as progress:
+            for result in run_shards(context, tasks(), workers=min(workers, len(todo))):
+                progress.advance(sizes[result.name], result.bytes)
+                count(number[result.name], Counter(result.set_aside))
+    except KeyboardInterrupt:
+        print("\nfinished shards stay; the same command again continues", file=sys.stderr)
+        raise
 
 
 def _finish(context: PackContext, promise: Promise, total: int, shard_names: Sequence[str]) -> None:
