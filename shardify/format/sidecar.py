@@ -125,11 +125,17 @@ def write_sidecar(path: str | os.PathLike[str], rows: Sequence[SampleRow], info:
             "offset": [row.offset for row in rows],
             "size": [row.size for row in rows],
             "members": [
-                [{"field": m.field, "offset": m.offset, "size": m.size, "xxh3_64": m.xxh3_64} for m in row.members]
+                [
+                    {"field": m.field, "offset": m.offset, "size": m.size, "xxh3_64": m.xxh3_64}
+                    for m in row.members
+                ]
                 for row in rows
             ],
             "images": [
-                [{"field": i.field, "format": i.format, "width": i.width, "height": i.height} for i in row.images]
+                [
+                    {"field": i.field, "format": i.format, "width": i.width, "height": i.height}
+                    for i in row.images
+                ]
                 for row in rows
             ],
             "turns": [row.turns for row in rows],

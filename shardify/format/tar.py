@@ -19,6 +19,7 @@ END_OF_ARCHIVE = bytes(2 * BLOCK)
 
 _MAX_NAME = 100
 _PADDING = bytes(BLOCK)
+_WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
 _MODE_TO_GID = b"0000644\0" + b"0000000\0" + b"0000000\0"
 _MTIME = b"00000000000\0"
 _AFTER_CHECKSUM = (
@@ -131,10 +132,16 @@ class ShardWriter:
             view = view[written:]
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """A member name as (key, field), cut at the first dot of the last path component, as webdataset does."""
+def split_name(name: str) -> tuple[str, str] | None:
+    """A member name as (key, field), cut at the first dot of the last path component.
+
+    None for what is no part of a sample: names without a field (``README``), hidden ones (``.cache``, ``._a.jpg``), and webdataset's own
+    ``__meta__`` entries.
+    """
     folder, slash, base = name.rpartition("/")
     stem, _, field = base.partition(".")
+    if not stem or not field or (base.startswith("__") and not slash and "__" in base[2:]):
+        return None
     return folder + slash + stem, field
 
 
@@ -153,6 +160,7 @@ def read_members(span: memoryview, *, where: str) -> tuple[str, list[tuple[str, 
     """
     members: list[tuple[str, memoryview]] = []
     key = ""
+    long_name: str | None = None
     offset = 0
     while offset < len(span):
         name, size, kind = read_header(span[offset : offset + BLOCK], where=where, offset=offset)
@@ -163,8 +171,19 @@ def read_members(span: memoryview, *, where: str) -> tuple[str, list[tuple[str, 
                 f"{where}: member {name!r} reaches {offset - len(span)} bytes beyond its sample"
             )
         if kind not in (b"0", b"\0"):
-            continue  # PAX and GNU extension headers of shards written by others
-        member_key, field = split_name(name)
+            # shards written by others: names that do not fit a header precede it, as a PAX record or a GNU member
+            if kind == b"x":
+                long_name = _pax_path(bytes(span[data : data + size])) or long_name
+            elif kind == b"L":
+                long_name = _text(bytes(span[data : data + size]))
+            elif kind not in (b"g", b"K"):
+                long_name = None
+            continue
+        parsed = split_name(long_name or name)
+        long_name = None
+        if parsed is None:
+            continue
+        member_key, field = parsed
         if members and member_key != key:
             raise FormatError(f"{where}: members of two samples, {key!r} and {member_key!r}")
         key = member_key
@@ -175,22 +194,43 @@ def read_members(span: memoryview, *, where: str) -> tuple[str, list[tuple[str, 
 
 
 def read_header(header: memoryview, *, where: str, offset: int) -> tuple[str, int, bytes]:
-    """Name, data size and type flag of one header.
+    """Name, data size and type flag of one header. Bytes of the name that are not UTF-8 are escaped.
 
     Raises:
         FormatError: it is not a tar header.
     """
     block = bytes(header)
-    if len(block) < BLOCK or block[257:262] != b"ustar" or not _checksum_holds(block):
+    # before POSIX there was no magic; the checksum tells headers from data
+    if len(block) < BLOCK or block[257:262] not in (b"ustar", bytes(5)) or not _checksum_holds(block):
         raise FormatError(f"{where}: no tar header at byte {offset} of the sample")
-    try:
-        size = int(block[124:136].rstrip(b"\0 ") or b"0", 8)
-        name = block[:100].split(b"\0", 1)[0].decode()
-        # a GNU header keeps times where ustar keeps the prefix; "ustar  " tells them apart
-        prefix = block[345:500].split(b"\0", 1)[0].decode() if block[257:263] == b"ustar\0" else ""
-    except ValueError as error:
-        raise FormatError(f"{where}: damaged tar header at byte {offset} of the sample ({error})") from None
-    return (f"{prefix}/{name}" if prefix else name), size, block[156:157]
+    kind = block[156:157]
+    digits = block[124:136].strip(b"\0 ")
+    if digits.strip(b"01234567"):
+        raise FormatError(f"{where}: damaged tar header at byte {offset} of the sample (size {digits!r})")
+    # links, devices and folders have no data, whatever their size says
+    size = 0 if kind in _WITHOUT_DATA else int(digits or b"0", 8)
+    name = _text(block[:100])
+    # a GNU header keeps times where ustar keeps the prefix; "ustar  " tells them apart
+    prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else ""
+    return (f"{prefix}/{name}" if prefix else name), size, kind
+
+
+def _text(data: bytes) -> str:
+    return data.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
+
+
+def _pax_path(data: bytes) -> str | None:
+    """The record ``path`` of a PAX extended header; a record is its own length, a blank, keyword=value and a newline."""
+    path = None
+    while data:
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not len(length) < int(length[:9]) <= len(data):
+            break
+        keyword, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        if keyword == b"path":
+            path = _text(value)
+        data = data[int(length) :]
+    return path
 
 
 def _checksum_holds(block: bytes) -> bool:

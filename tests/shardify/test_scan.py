@@ -1,0 +1,275 @@
+"""Indexing tars of any origin, and reading samples back by that index."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import subprocess
+import tarfile
+
+import pytest
+import webdataset
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from shardify.errors import FormatError
+from shardify.format.scan import scan_shard
+from shardify.format.tar import ShardWriter, read_members, split_name
+
+RECORD = json.dumps(
+    {
+        "id": 7,
+        "image": "a.jpg",
+        "conversations": [
+            {"from": "human", "value": "<image>\nwhat is it"},
+            {"from": "gpt", "value": "a cat"},
+        ],
+    }
+).encode()
+
+
+def picture(image_format="JPEG", size=(40, 30)):
+    encoded = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 90)).save(encoded, image_format)
+    return encoded.getvalue()
+
+
+def write_tar(path, members, tar_format=tarfile.GNU_FORMAT):
+    with tarfile.open(path, "w", format=tar_format) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def read_back(path, row):
+    with open(path, "rb") as file:
+        file.seek(row.offset)
+        return read_members(memoryview(file.read(row.size)), where=str(path))
+
+
+def check_reads_back(path, rows):
+    content = path.read_bytes()
+    for row in rows:
+        key, members = read_back(path, row)
+        assert key == row.key
+        assert [field for field, _ in members] == [member.field for member in row.members]
+        for (_, data), member in zip(members, row.members, strict=True):
+            assert bytes(data) == content[member.offset : member.offset + member.size]
+            assert xxhash.xxh3_64_intdigest(data) == member.xxh3_64
+
+
+def test_records_images_and_hashes_are_read(tmp_path):
+    tolerant = RECORD.replace(b'"id": 7', b'"id": NaN')
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("one.jpg", picture("PNG")),  # named jpg, is png
+            ("one.json", RECORD),
+            ("two.0.jpeg", picture(size=(10, 20))),
+            ("two.1.png", b"no picture"),
+            ("two.json", b'{"caption": "other JSON"}'),
+            ("three.txt", b"hello"),
+            ("four.json", tolerant),
+        ],
+    )
+    rows, info = scan_shard(path, name="a.tar")
+    assert [row.key for row in rows] == ["one", "two", "three", "four"]
+    assert [row.record for row in rows] == [0, 1, 2, 3]
+    one, two, three, four = rows
+    assert (one.id, one.turns, one.words, one.source) == ("7", 2, 6, "a.tar")
+    assert [(i.field, i.format, i.width, i.height) for i in one.images] == [("jpg", "png", 40, 30)]
+    assert [(i.field, i.format, i.width, i.height) for i in two.images] == [
+        ("0.jpeg", "jpg", 10, 20),
+        ("1.png", "png", 0, 0),
+    ]
+    assert (two.id, two.turns, two.words) == (None, 0, 0)
+    assert (three.images, three.turns) == ([], 0)
+    assert (four.id, four.turns) == ("NaN", 2)
+    assert info.tolerant == [3]
+    assert info.bytes == path.stat().st_size
+    assert info.xxh3_128 == xxhash.xxh3_128_hexdigest(path.read_bytes())
+    check_reads_back(path, rows)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    "key",
+    ["k", "folder.d/k", "d" * 90 + "/" + "k" * 50, pytest.param("ü" * 80, id="umlauts"), "x" * 140],
+)
+def test_every_tar_format_and_name_reads_back(tmp_path, tar_format, key):
+    members = [
+        (f"{key}{n}.{field}", os.urandom(n * 700)) for n in range(3) for field in ("jpg", "cls", "json")
+    ]
+    try:
+        path = write_tar(tmp_path / "a.tar", members, tar_format)
+    except ValueError:
+        pytest.skip("ustar cannot hold this name")
+    rows, _ = scan_shard(path, name="a.tar")
+    assert [row.key for row in rows] == [f"{key}{n}" for n in range(3)]
+    check_reads_back(path, rows)
+
+
+def test_gnu_tar_and_webdataset_agree_with_us(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "deep" / "er" / ("n" * 120 + ".png")).write_bytes(picture("PNG"))
+    (folder / "deep" / "er" / ("n" * 120 + ".json")).write_bytes(RECORD)
+    (folder / "deep" / "x.1.jpg").write_bytes(picture())
+    (folder / "deep" / "README").write_bytes(b"no sample")
+    (folder / ".hidden.jpg").write_bytes(b"no sample")
+    (folder / "link.jpg").symlink_to("deep/x.1.jpg")
+    for tar_format in ("gnu", "posix"):
+        path = tmp_path / f"{tar_format}.tar"
+        subprocess.run(
+            [
+                "tar",
+                f"--format={tar_format}",
+                "--sort=name",
+                "-cf",
+                str(path),
+                "-C",
+                str(folder),
+                "deep",
+                ".hidden.jpg",
+                "link.jpg",
+            ],
+            check=True,
+        )
+        rows, _ = scan_shard(path, name="x")
+        check_reads_back(path, rows)
+        theirs = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
+        assert [row.key for row in rows] == [sample["__key__"] for sample in theirs]
+        for row, sample in zip(rows, theirs, strict=True):
+            assert {field: bytes(data) for field, data in read_back(path, row)[1]} == {
+                name: data for name, data in sample.items() if not name.startswith("__")
+            }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/b.c/d.e.f", ("a/b.c/d", "e.f")),
+        ("000.jpg", ("000", "jpg")),
+        ("README", None),
+        (".hidden", None),
+        ("folder/.hidden.jpg", None),
+        ("name.", None),
+        ("__meta__.json", None),
+        ("folder/__meta__.json", ("folder/__meta__", "json")),
+        ("", None),
+        ("folder/", None),
+    ],
+)
+def test_names_are_split_as_webdataset_does(name, expected):
+    assert split_name(name) == expected
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 5000])
+def test_what_is_no_tar_says_where(tmp_path, size):
+    path = tmp_path / "a.tar"
+    path.write_bytes(bytes(range(1, 251)) * 30)
+    os.truncate(path, size)
+    with pytest.raises(FormatError, match="byte 0"):
+        scan_shard(path, name="a.tar")
+
+
+def test_a_missing_file_is_one_clear_error(tmp_path):
+    with pytest.raises(FormatError, match=r"gone\.tar: cannot be read"):
+        scan_shard(tmp_path / "gone.tar", name="gone.tar")
+    with pytest.raises(FormatError, match="cannot be read"):
+        scan_shard(tmp_path, name="folder")
+
+
+def test_a_cut_tar_says_where(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [(f"{n}.jpg", bytes(1000)) for n in range(4)])
+    whole = path.read_bytes()
+    for size in range(1, 4 * 1536 + 1, 97):
+        path.write_bytes(whole[:size])
+        with pytest.raises(FormatError, match=r"at byte \d+"):
+            scan_shard(path, name="a.tar")
+    path.write_bytes(whole[: 4 * 1536])  # between two members
+    with pytest.raises(FormatError, match="byte 6144"):
+        scan_shard(path, name="a.tar")
+    path.write_bytes(whole[: 4 * 1536 + 512])
+    assert len(scan_shard(path, name="a.tar")[0]) == 4
+
+
+def test_garbage_in_the_middle_is_not_taken_for_the_end(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [(f"{n}.jpg", bytes(1000)) for n in range(4)])
+    content = bytearray(path.read_bytes())
+    content[2 * 1536 : 2 * 1536 + 512] = b"\x07" * 512
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match="no tar header at byte 3072"):
+        scan_shard(path, name="a.tar")
+
+
+def test_two_members_of_one_name_are_refused(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("1.jpg", b"x"), ("1.jpg", b"y")])
+    with pytest.raises(FormatError, match=r"1\.jpg, the second at byte 1024"):
+        scan_shard(path, name="a.tar")
+
+
+def test_sparse_files_are_refused(tmp_path):
+    (tmp_path / "big.bin").touch()
+    os.truncate(tmp_path / "big.bin", 1 << 20)
+    subprocess.run(["tar", "-S", "-cf", str(tmp_path / "a.tar"), "-C", str(tmp_path), "big.bin"], check=True)
+    with pytest.raises(FormatError, match="sparse"):
+        scan_shard(tmp_path / "a.tar", name="a.tar")
+
+
+@settings(max_examples=150)
+@given(seed=st.integers(0, 2**32), tar_format=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+def test_any_damage_gives_an_index_that_reads_back_or_one_error(tmp_path, seed, tar_format):
+    rng = random.Random(seed)
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            (f"{'n' * rng.choice((3, 120))}{n}.{field}", rng.randbytes(rng.randrange(900)))
+            for n in range(3)
+            for field in ("jpg", "json")
+        ],
+        tar_format,
+    )
+    content = bytearray(path.read_bytes())
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(content))
+        if rng.random() < 0.5:
+            content[at : at + rng.randint(1, 30)] = rng.randbytes(rng.randint(0, 40))
+        else:
+            at -= at % 512  # headers are where it hurts
+            content[at + rng.choice((0, 124, 148, 156))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    try:
+        rows, _ = scan_shard(path, name="a.tar")
+    except FormatError as error:
+        assert str(path) in str(error)
+        return
+    for row in rows:
+        with contextlib.suppress(FormatError):  # and nothing else
+            read_back(path, row)
+
+
+@settings(max_examples=300)
+@given(data=st.binary(max_size=3000), seed=st.integers(0, 2**32))
+def test_reading_any_bytes_as_a_sample_gives_members_or_one_error(data, seed):
+    rng = random.Random(seed)
+    sink = io.BytesIO()
+    writer = ShardWriter(sink)
+    writer.add("k", "jpg", b"x" * 600)
+    writer.add("k", "json", b"{}")
+    writer.close()
+    whole = bytearray(sink.getvalue()[:2560])
+    at = rng.randrange(len(whole))
+    whole[at : at + rng.randrange(40)] = data[: rng.randrange(600)]
+    for damaged in (bytes(whole), data):
+        try:
+            _, members = read_members(memoryview(damaged), where="here")
+        except FormatError as error:
+            assert "here" in str(error)
+        else:
+            assert members
