@@ -9,7 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ class PackOptions:
     """
 
     records: Sequence[Path]
+    out: Path
     images: Sequence[Path] = ()
-    out: Path = field(default_factory=Path)
     shuffle: bool = True
     seed: int = 0
     shard_size: str | None = None
