@@ -403,7 +403,7 @@ def _find_sidecar(path: str, size: int) -> str | None:
     cached = _cached(path)
     try:
         current = os.stat(cached).st_mtime >= os.stat(path).st_mtime and read_shard_info(cached).bytes == size
-    except (FileNotFoundError, FormatError):
+    except (OSError, FormatError):
         return None
     return cached if current else None
 
