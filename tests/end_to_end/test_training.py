@@ -1,0 +1,272 @@
+"""train.py as people run it: real processes, real shards, real kills."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "train.py"
+TIMEOUT = 240
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(*arguments, processes=None, script=TRAIN):
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes else []
+    )
+    return [str(part) for part in (sys.executable, *launcher, script, *arguments)]
+
+
+def descendants(process):
+    """Process ids of all children, their children, and so on: torchrun gives each of its children a session of its own."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):
+            continue  # it ended meanwhile
+    found = {process}
+    while grown := {child for child, parent in parents.items() if parent in found} - found:
+        found |= grown
+    return found
+
+
+def kill(process):
+    """SIGKILL to a process and all it started; the launcher first, so that it cannot clean up."""
+    everyone = descendants(process.pid)
+    for pid in sorted(everyone, key=lambda pid: pid != process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+    return everyone
+
+
+def run(*arguments, **options):
+    """Run to the end; returns what it printed. Nothing it started outlives a failure."""
+    process = subprocess.Popen(
+        command(*arguments, **options),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, errors = process.communicate(timeout=TIMEOUT)
+    except BaseException:
+        kill(process)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+def trained(*arguments, **options):
+    result = run(*arguments, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "nan" not in result.stdout
+    return result.stdout
+
+
+def shardify(*arguments):
+    subprocess.run(
+        [sys.executable, "-m", "shardify.cli", *map(str, arguments)],
+        env=ENVIRONMENT,
+        check=True,
+        timeout=TIMEOUT,
+    )
+
+
+def trace_lines(folder):
+    """By rank."""
+    return {
+        int(file.stem.removeprefix("rank")): [json.loads(line) for line in file.read_text().splitlines()]
+        for file in folder.glob("rank*.jsonl")
+    }
+
+
+def packed_keys(shards):
+    return sorted(
+        key for sidecar in shards.glob("*.parquet") for key in pq.read_table(sidecar)["key"].to_pylist()
+    )
+
+
+def pack_records(folder, records):
+    """Pack records; those with an image get one of random pixels."""
+    images = folder / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for record in records:
+        if "image" in record:
+            pixels = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / record["image"])
+    (folder / "chat.json").write_text(json.dumps(records))
+    shardify(
+        "pack",
+        folder / "chat.json",
+        "--images",
+        images,
+        "--out",
+        folder / "data",
+        "--no-shuffle",
+        "--shards",
+        1,
+    )
+    return folder / "data"
+
+
+def record(number, question, answer, *, image):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    if not image:
+        return {"id": str(number), "conversations": turns}
+    turns[0]["value"] = f"<image>\n{question}"
+    return {"id": str(number), "image": f"{number}.png", "conversations": turns}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The packed demo data set: 254 of 256 records, two had to be set aside."""
+    folder = tmp_path_factory.mktemp("demo")
+    shardify("demo", folder / "demo", "--samples", 256)
+    shardify(
+        "pack",
+        folder / "demo/chat.json",
+        "--images",
+        folder / "demo/images.zip",
+        "--out",
+        folder / "data",
+        "--shards",
+        5,
+    )
+    assert len((folder / "data/quarantine.jsonl").read_text().splitlines()) == 2
+    assert len(packed_keys(folder / "data")) == 254
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Four records; those at odd positions are text alone."""
+    records = [
+        record(0, "What is this?", "Noise.", image=True),
+        record(1, "What is two and two?", "Four, and it has always been four.", image=False),
+        record(2, "And this?", "More of the same noise, in colours.", image=True),
+        record(3, "Say something.", "Something.", image=False),
+    ]
+    return pack_records(tmp_path_factory.mktemp("mixed"), records)
+
+
+def test_two_ranks_train_on_every_sample_once_and_learn(demo, tmp_path):
+    out = trained("--shards", demo, "--epochs", 1, "--batch-size", 8, "--trace", tmp_path, processes=2)
+    lines = trace_lines(tmp_path)
+    assert sorted(lines) == [0, 1]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == list(range(1, 17))
+    both = lines[0] + lines[1]
+    assert sorted(key for line in both for key in line["keys"]) == packed_keys(demo)
+    assert sorted(position for line in both for position in line["positions"]) == list(range(254))
+    assert all(count > 0 for line in both for count in line["supervised"])
+    first, last = map(float, re.search(r"loss: (\S+) in the first tenth .*, (\S+) in the last", out).groups())
+    assert last < first
+
+
+def test_a_killed_run_continues_with_any_number_of_processes(demo, tmp_path):
+    checkpoints, trace = tmp_path / "checkpoints", tmp_path / "trace"
+    options = ["--shards", demo, "--epochs", 1, "--batch-size", 4, "--save-every", 4]
+    process = subprocess.Popen(
+        command(*options, "--checkpoint-dir", checkpoints, "--trace", trace, processes=2),
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not (checkpoints / "step-000000012.pt").exists() or len(trace_lines(trace)[0]) < 14:
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        everyone = kill(process)
+    while any(
+        Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
+        for pid in everyone
+    ):
+        assert time.monotonic() < deadline, "processes outlive the kill"
+        time.sleep(0.01)
+
+    newest = max(checkpoints.glob("step-*.pt"))
+    saved = torch.load(newest, weights_only=True)
+    assert saved["loader"]["epoch"] == 0
+    assert 0 < saved["loader"]["position"] == 8 * saved["step"] < 254
+    for processes in (1, 3):
+        here = tmp_path / str(processes)
+        shutil.copytree(checkpoints, here / "checkpoints")
+        shutil.copytree(trace, here / "trace")
+        again = [*options, "--checkpoint-dir", here / "checkpoints", "--trace", here / "trace"]
+        out = trained(*again, processes=processes)
+        assert f"continuing after step {saved['step']}, {saved['loader']['position']} of 254 samples" in out
+        lines = [line for lines in trace_lines(here / "trace").values() for line in lines]
+        assert any(line["resumed"] == 0 and line["step"] > saved["step"] for line in lines), (
+            "no step was lost"
+        )
+        counted = [
+            line for line in lines if line["resumed"] == saved["step"] or line["step"] <= saved["step"]
+        ]
+        assert sorted(key for line in counted for key in line["keys"]) == packed_keys(demo)
+        assert {line["world_size"] for line in counted} == {2, processes}
+        assert [file.name for file in (here / "checkpoints").glob("*.tmp")] == []
+        if processes == 1:
+            assert "nothing left to train" in trained(*again, processes=2)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_text_alone_on_one_of_two_ranks_changes_nothing(mixed, tmp_path, stage):
+    script = Path(__file__).with_name("one_step.py")
+    trained(mixed, stage, 4, tmp_path / "alone", script=script)
+    trained(mixed, stage, 2, tmp_path / "two", script=script, processes=2)
+    alone, first, second = (torch.load(tmp_path / name) for name in ("alone.rank0", "two.rank0", "two.rank1"))
+    assert (first["images"], second["images"]) == (2, 0)
+    assert first["tokens"] + second["tokens"] == alone["tokens"]
+    assert (second["tokens"] == 0) == (stage == "pretrain")
+    for rank in (first, second):
+        assert rank["loss"].item() == pytest.approx(alone["loss"].item(), abs=1e-5)
+        torch.testing.assert_close(rank["gradients"], alone["gradients"], rtol=1e-5, atol=1e-5)
+
+
+def test_pretraining_runs_on_where_a_rank_has_nothing_to_train_on(mixed):
+    out = trained("--shards", mixed, "--stage", "pretrain", "--batch-size", 1, "--epochs", 3, processes=2)
+    assert "done: 6 steps, 12 samples" in out
+    assert "left out: 6 samples: plain-needs-image-token" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "--shards"),
+        (["--shards", "data", "--epochs", "1", "--steps", "1"], 2, "not allowed with"),
+        (["--shards", "data", "--batch-size", "0"], 2, "0 is not positive"),
+        (["--shards", "nowhere/{000..003}.tar"], 1, "nowhere/"),
+        (["--shards", "DEMO", "--model", "nowhere/at/all"], 2, "--model nowhere/at/all"),
+    ],
+)
+def test_wrong_use_is_told_without_a_traceback(demo, arguments, status, message):
+    result = run(*[str(demo) if argument == "DEMO" else argument for argument in arguments])
+    assert result.returncode == status
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_no_rank_hangs_when_there_are_no_shards(tmp_path):
+    result = run("--shards", tmp_path / "nowhere", processes=2)
+    assert result.returncode == 1
+    assert "train.py: rank " in result.stderr
+    assert str(tmp_path / "nowhere") in result.stderr

@@ -1,0 +1,288 @@
+"""The functions of train.py, one by one, on models of a few thousand parameters."""
+
+import importlib.util
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from loaders import Batch, StreamingLoader
+from shardify.convert import PackOptions, pack_dataset
+from shardify.errors import StateError, UsageError
+
+
+def _import_script():
+    spec = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+train = _import_script()
+IMAGE, PICTURES = 259, 16  # the tiny model's image token, and how many of them an image has
+
+
+def make_batch(rows, image_samples=(), side=56):
+    """Rows of tokens; everything from 7 on is trained on."""
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    count = len(rows)
+    return Batch(
+        keys=[str(row) for row in range(count)],
+        positions=torch.arange(count),
+        valid=torch.ones(count, dtype=torch.bool),
+        rows=torch.arange(count),
+        input_ids=ids,
+        labels=torch.where(ids >= 7, ids, -100),
+        attention_mask=torch.tensor([[column < len(row) for column in range(length)] for row in rows]),
+        images=torch.full((len(image_samples), 3, side, side), 128, dtype=torch.uint8),
+        image_samples=torch.tensor(image_samples, dtype=torch.int64),
+        state={},
+    )
+
+
+def expand(batch, *, tokens_per_image=3, max_length=100):
+    return train.expand(batch, image_token=IMAGE, tokens_per_image=tokens_per_image, max_length=max_length)
+
+
+class TestExpand:
+    def test_each_image_gets_its_tokens_and_rows_are_padded_again(self):
+        inputs = expand(make_batch([[1, -200, 7, 8], [1, 7, 8, 9, 10]], [0]))
+        assert inputs.input_ids.tolist() == [[1, IMAGE, IMAGE, IMAGE, 7, 8], [1, 7, 8, 9, 10, 0]]
+        assert inputs.labels.tolist() == [[-100] * 4 + [7, 8], [-100, 7, 8, 9, 10, -100]]
+        assert inputs.attention_mask.tolist() == [[True] * 6, [True] * 5 + [False]]
+        assert inputs.images.tolist() == [0]
+        assert inputs.supervised().tolist() == [2, 4]
+
+    def test_padding_that_no_row_needs_any_more_is_dropped(self):
+        inputs = expand(make_batch([[1, -200], [1, 7, 8, 9]], [0]))
+        assert inputs.input_ids.shape == (2, 4)
+
+    def test_images_that_no_token_asks_for_are_left_out(self):
+        inputs = expand(make_batch([[1, -200, 7], [1, 7], [1, -200, 7, -200]], [0, 0, 1, 2, 2, 2]))
+        assert inputs.images.tolist() == [0, 3, 4]
+
+    @pytest.mark.parametrize(
+        ("max_length", "tokens", "images"),
+        [
+            (9, [1, IMAGE, IMAGE, IMAGE, 7, IMAGE, IMAGE, IMAGE, 8], 2),
+            (8, [1, IMAGE, IMAGE, IMAGE, 7, IMAGE, IMAGE, IMAGE], 2),
+            (7, [1, IMAGE, IMAGE, IMAGE, 7], 1),
+            (5, [1, IMAGE, IMAGE, IMAGE, 7], 1),
+            (3, [1], 0),
+        ],
+    )
+    def test_a_long_row_is_cut_but_never_within_an_image(self, max_length, tokens, images):
+        inputs = expand(make_batch([[1, -200, 7, -200, 8]], [0, 0]), max_length=max_length)
+        assert inputs.input_ids.tolist() == [tokens]
+        assert inputs.images.tolist() == list(range(images))
+
+    def test_image_tokens_in_labels_are_not_trained_on(self):
+        batch = make_batch([[1, -200, 7]], [0])
+        batch.labels[0, 1] = -200
+        assert expand(batch).labels.tolist() == [[-100] * 4 + [7]]
+
+
+@pytest.fixture(scope="module", params=["pretrain", "finetune"])
+def stage(request):
+    return train.STAGES[request.param]
+
+
+def summed(model, batch, stage):
+    """The loss over a batch and the number of its tokens, with gradients added to the model's."""
+    inputs = expand(batch, tokens_per_image=PICTURES, max_length=2048)
+    _, image = train.preprocessing("tiny", model.llava.config, stage, 100)
+    pixels = image.normalize(batch.images[inputs.images], torch.float32)
+    loss = model(inputs.input_ids, inputs.labels, inputs.attention_mask, pixels)
+    loss.backward()
+    return loss.item(), int(inputs.supervised().sum())
+
+
+def tiny(stage):
+    config = train.model_config("tiny")
+    return train.SummedLoss(train.build_model("tiny", config, stage, seed=0))
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class TestModel:
+    def test_a_stage_trains_its_parts_alone(self):
+        parts = {}
+        for name, stage in train.STAGES.items():
+            llava = tiny(stage).llava
+            parts[name] = {path.split(".")[:2][-1] for path, p in llava.named_parameters() if p.requires_grad}
+        assert parts["pretrain"] == {"multi_modal_projector"}
+        assert parts["finetune"] == {"multi_modal_projector", "language_model", "weight"}  # lm_head.weight
+
+    def test_it_is_the_same_for_the_same_seed(self, stage):
+        first, second = tiny(stage).state_dict(), tiny(stage).state_dict()
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+    def test_the_loss_is_the_models_own_times_its_tokens(self, stage):
+        model, batch = tiny(stage), make_batch([[1, -200, 7, 8, 9], [1, 7, 8]], [0])
+        loss, tokens = summed(model, batch, stage)
+        inputs = expand(batch, tokens_per_image=PICTURES, max_length=2048)
+        _, image = train.preprocessing("tiny", model.llava.config, stage, 100)
+        own = model.llava(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            labels=inputs.labels,
+            pixel_values=image.normalize(batch.images, torch.float32),
+        ).loss
+        assert loss == pytest.approx(own.item() * tokens, rel=1e-5)
+
+    @pytest.mark.parametrize("rows", [[[0]], [[0], [0]], [[1, 7, 8]]], ids=["filler", "fillers", "text"])
+    def test_every_trained_parameter_has_a_gradient_without_images(self, stage, rows):
+        model = tiny(stage)
+        loss, tokens = summed(model, make_batch(rows), stage)
+        assert (loss > 0) == (tokens > 0)
+        assert all(torch.isfinite(gradient).all() for gradient in gradients(model).values())
+        projector = [g for name, g in gradients(model).items() if "projector" in name]
+        assert len(projector) == 4
+        assert not any(gradient.any() for gradient in projector)
+
+
+def test_three_samples_on_eight_ranks_are_the_same_three_samples(stage, tmp_path):
+    records = [
+        {
+            "id": str(number),
+            "image": f"{number}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                {"from": "gpt", "value": "Noise. " * (number + 1)},
+            ],
+        }
+        for number in range(3)
+    ]
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    pack_dataset(
+        PackOptions(records=[tmp_path / "chat.json"], images=[tmp_path], out=tmp_path / "data", workers=1)
+    )
+    text, image = train.preprocessing("tiny", train.model_config("tiny"), stage, 2048)
+
+    def epoch(world_size):
+        model, loss, tokens, steps = tiny(stage), 0.0, 0, set()
+        for rank in range(world_size):
+            loader = StreamingLoader(
+                tmp_path / "data",
+                batch_size=4,
+                image=image,
+                text=text,
+                num_workers=0,
+                rank=rank,
+                world_size=world_size,
+            )
+            batches = list(loader)
+            steps.add(len(batches))
+            for batch in batches:
+                rank_loss, rank_tokens = summed(model, batch, stage)
+                loss, tokens = loss + rank_loss, tokens + rank_tokens
+        assert steps == {1}
+        return loss / tokens, {name: gradient / tokens for name, gradient in gradients(model).items()}
+
+    alone, alone_gradients = epoch(1)
+    with pytest.warns(UserWarning, match="3 samples for 8 ranks"):
+        spread, spread_gradients = epoch(8)
+    assert spread == pytest.approx(alone, abs=1e-5)
+    torch.testing.assert_close(spread_gradients, alone_gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_learning_rate_warms_up_and_falls_to_nothing():
+    rates = [train.learning_rate(2.0, progress) for progress in np.linspace(0, 1, 1001)]
+    assert rates[0] == 0
+    assert rates[30] == pytest.approx(2.0)
+    assert rates[15] == pytest.approx(1.0)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[30:]))
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+    assert train.learning_rate(2.0, 1.01) == pytest.approx(0, abs=1e-9)
+
+
+IDENTITY = {"model": "tiny", "stage": "finetune"}
+
+
+class TestCheckpoints:
+    def save(self, folder, step):
+        train.save_checkpoint(folder, IDENTITY | {"step": step, "parameters": {"a": torch.arange(3)}})
+
+    def test_the_newest_is_loaded_and_two_are_kept(self, tmp_path):
+        folder = tmp_path / "new" / "folder"
+        assert train.load_checkpoint(folder, IDENTITY) is None
+        for step in (9, 10, 100):
+            self.save(folder, step)
+        assert sorted(file.name for file in folder.iterdir()) == ["step-000000010.pt", "step-000000100.pt"]
+        loaded = train.load_checkpoint(folder, IDENTITY)
+        assert loaded["step"] == 100
+        assert loaded["parameters"]["a"].tolist() == [0, 1, 2]
+
+    def test_what_a_kill_left_half_written_is_not_taken(self, tmp_path):
+        self.save(tmp_path, 1)
+        (tmp_path / "unfinished.tmp").write_bytes(b"half")
+        assert train.load_checkpoint(tmp_path, IDENTITY)["step"] == 1
+
+    def test_another_stage_is_refused(self, tmp_path):
+        self.save(tmp_path, 1)
+        with pytest.raises(StateError, match=r"--stage finetune, not pretrain"):
+            train.load_checkpoint(tmp_path, IDENTITY | {"stage": "pretrain"})
+
+    @pytest.mark.parametrize("damage", ["short", "pickle"])
+    def test_a_file_that_is_none_is_named(self, tmp_path, damage):
+        file = tmp_path / "step-000000001.pt"
+        if damage == "short":
+            self.save(tmp_path, 1)
+            file.write_bytes(file.read_bytes()[:100])
+        else:
+            torch.save({"step": Path("/")}, file)  # an object that only code of its own could restore
+        with pytest.raises(StateError, match=r"step-000000001\.pt cannot be read"):
+            train.load_checkpoint(tmp_path, IDENTITY)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A LLaVA model as transformers saves it, with a word-level tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    words = {
+        word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", "hello", "<image>"])
+    }
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    config = train.model_config("tiny")
+    train.build_model("tiny", config, train.STAGES["finetune"], seed=3).save_pretrained(folder)
+    settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+class TestModelsOnDisk:
+    def test_they_are_loaded_with_their_preprocessing(self, folder, stage):
+        config = train.model_config(folder)
+        text, image = train.preprocessing(folder, config, stage, 77)
+        assert (image.size, image.fit) == (56, stage.fit)
+        assert (image.mean, image.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+        assert (text.pad_token_id, text.max_length, text.template.name) == (3, 77, stage.template)
+        loaded = train.build_model(folder, config, stage, seed=0)
+        made = train.build_model("tiny", train.model_config("tiny"), stage, seed=3)
+        torch.testing.assert_close(loaded.state_dict(), made.state_dict(), rtol=0, atol=0)
+
+    def test_other_models_are_refused(self, tmp_path):
+        transformers.LlamaConfig().save_pretrained(tmp_path)
+        with pytest.raises(UsageError, match="'llama' model; a 'llava' one is needed"):
+            train.model_config(str(tmp_path))
+
+    def test_a_folder_without_model_is_named(self, tmp_path):
+        with pytest.raises(UsageError, match="cannot load it"):
+            train.model_config(str(tmp_path))
