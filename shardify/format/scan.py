@@ -88,7 +88,7 @@ def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # it would keep every header
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header
                 yield member
     except OSError:
         raise
