@@ -83,7 +83,7 @@ class Batch:
         """
         device = torch.device(device)
         moved: dict[str, Any] = {
-            item.name: value.to(device, non_blocking=non_blocking)
+            item.name: value.to(device, non_blocking=non_blocking and device.type != "cpu")
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), torch.Tensor)
         }
@@ -91,4 +91,4 @@ class Batch:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             self._copied(event)
-        return replace(self, **moved, _copied=None)
+        return replace(self, **moved)

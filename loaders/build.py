@@ -1,8 +1,9 @@
 """Building a batch in a worker: a plan in, plain arrays out, pixels straight into a slab."""
 
-import ctypes
 import os
 import signal
+import threading
+import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from shardify.format.shards import ShardSet
 from shardify.format.tar import read_members
 
 IntArray = npt.NDArray[np.int64]
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PARENT_CHECK = 0.5  # seconds
 
 
 class ImageFit(Protocol):
@@ -145,12 +146,12 @@ class BatchBuilder:
             raise SampleError("index-mismatch", str(error)) from None
         record = next((data for name, data in members if name == RECORD_FIELD), None)
         sample.images = [data for name, data in members if is_image_field(name)]
-        if record is None:
-            raise SampleError("record-missing", f"no member {sample.key}.{RECORD_FIELD}")
         if len(sample.images) != images:
             raise SampleError("index-mismatch", f"{len(sample.images)} images; the index counts {images}")
         if self._text is None:
-            sample.record = bytes(record)
+            sample.record = b"" if record is None else bytes(record)
+        elif record is None:
+            raise SampleError("record-missing", f"no member {sample.key}.{RECORD_FIELD}")
         else:
             sample.text = self._text(record)
 
@@ -199,8 +200,8 @@ class BatchBuilder:
 
 
 def _add_texts(built: Built, texts: list[TextResult | None], pad_token_id: int) -> None:
-    """Pad to the longest text; a filler has one padding token, which is attended."""
-    built.lengths = np.array([1 if text is None else len(text.input_ids) for text in texts], np.int64)
+    """Pad to the longest text; a filler, or a text of no tokens, has one padding token, which is attended."""
+    built.lengths = np.array([1 if text is None else max(len(text.input_ids), 1) for text in texts], np.int64)
     shape = len(texts), int(built.lengths.max(initial=0))
     built.input_ids = np.full(shape, pad_token_id, np.int32)
     built.labels = np.full(shape, IGNORE_INDEX, np.int32)
@@ -212,8 +213,14 @@ def _add_texts(built: Built, texts: list[TextResult | None], pad_token_id: int) 
 
 
 def start_worker(_: int, *, parent: int) -> None:
-    """Set a worker process up: it ends with its parent, whatever ended that, and leaves Ctrl-C to it."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent ended before the line above
-        os._exit(1)
+    """Set a worker process up: one that ends with its parent, whatever ended that, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers' own threads do not survive a fork
+    # not PR_SET_PDEATHSIG, which would also strike when only the thread that started the workers ends
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_PARENT_CHECK)
+    os._exit(1)

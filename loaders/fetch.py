@@ -48,7 +48,7 @@ class LocalFetcher:
                 data = memoryview(_read_fully(self._file(shard), begin, end - begin))
             except OSError as error:
                 for number in spans:
-                    yield number, SampleError("shard-unreadable", f"{error.strerror or error}")
+                    yield number, SampleError("shard-read-error", f"{error.strerror or error}")
                 continue
             for number in spans:
                 first = int(offsets[number]) - begin
@@ -56,7 +56,7 @@ class LocalFetcher:
                 if len(span) < sizes[number]:
                     yield (
                         number,
-                        SampleError("shard-truncated", f"the shard ends at byte {begin + len(data)}"),
+                        SampleError("shard-read-error", f"the shard ends at byte {begin + len(data)}"),
                     )
                 else:
                     yield number, span

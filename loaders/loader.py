@@ -7,6 +7,7 @@ Batches come back in order. The plan runs on over the end of an epoch, so that t
 import copy
 import math
 import os
+import queue
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -31,9 +32,10 @@ from shardify.format.shards import ShardSet, open_shards
 
 _PLANNED_POSITIONS = 1 << 15  # evaluated at a time: large enough for numpy, small enough to begin at once
 _SPARE_SLABS = 4  # for batches in the user's hands
+_LOST_WORKER = "DataLoader worker (pid"  # how torch begins to say that a worker was killed or ended
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Pending:
     """What the main process keeps of a batch while a worker builds it."""
 
@@ -41,6 +43,15 @@ class _Pending:
     slab: int | None
     overflowed: bool
     ends_epoch: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Workers at work, from one state on. Never taken up again after a fault: its slabs may still be written to."""
+
+    built: Iterator[Built]
+    pending: deque[_Pending]  # of the batches on their way, in order
+    slabs: SlabPool
 
 
 class StreamingLoader:
@@ -115,14 +126,9 @@ class StreamingLoader:
             )
         self._num_workers, self._prefetch = num_workers, prefetch
         self._report = LoaderReport()
-        self._pending: deque[_Pending] = deque()
-        self._stream: Iterator[Built] | None = None
-        self._slab_images = self._images_per_slab()
-        self._slabs = SlabPool(
-            prefetch * max(num_workers, 1) + _SPARE_SLABS,
-            self._slab_images * math.prod(image.shape) if image is not None else 0,
-        )
-        self._order, self._state = self._take_up(lanes or default_lanes(self.world_size), epoch=0, start=0)
+        self._run: _Run | None = None
+        lanes = default_lanes(self.world_size) if lanes is None else lanes
+        self._order, self._state = self._take_up(lanes, epoch=0, start=0)
 
     @property
     def epoch(self) -> int:
@@ -167,11 +173,10 @@ class StreamingLoader:
 
     def close(self) -> None:
         """End the workers. The next ``for`` starts others; batches in the user's hands stay valid."""
-        self._stream = None  # DataLoader ends its workers when its iterator goes
-        for pending in self._pending:
-            if pending.slab is not None:
-                self._slabs.release(pending.slab)
-        self._pending.clear()
+        run, self._run = self._run, None
+        # not left to the iterator's end: a traceback may hold on to it, and collected as garbage it waits 5 s for each worker
+        if run is not None and self._num_workers:
+            run.built._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001 - torch has no public call
 
     def _take_up(self, lanes: int, *, epoch: int, start: int) -> tuple[Order, State]:
         settings = {"shuffle": self._shuffle, "block": self._block, "window": self._window}
@@ -195,19 +200,22 @@ class StreamingLoader:
         return order, state
 
     def _next_batch(self) -> tuple[Batch, bool]:
-        if self._stream is None:
-            self._stream = self._start()
+        if self._run is None:
+            self._run = self._start()
         try:
-            built = next(self._stream)
-        except RuntimeError as error:
+            built = next(self._run.built)
+        except BaseException as error:
+            # plans and batches may be out of step now: the next `for` plans anew from the last batch handed out
             self.close()
-            if "DataLoader worker" not in str(error):
+            if not str(error).startswith(_LOST_WORKER):
                 raise
+            # what came first names the signal
+            lost = error if isinstance(error.__cause__, queue.Empty | None) else error.__cause__
             raise LoaderError(
-                f"{error} Out of memory? Fewer workers, a smaller batch, or num_workers=0 to see more"
+                f"{str(lost).strip(' .')}. Was memory short? Try fewer workers, a smaller batch, or num_workers=0."
             ) from error
-        pending = self._pending.popleft()
-        batch = self._collate(built, pending)
+        pending = self._run.pending.popleft()
+        batch = self._collate(built, pending, self._run.slabs)
         self._report.add(
             samples=int(batch.valid.sum()),
             faults=built.faults,
@@ -216,9 +224,16 @@ class StreamingLoader:
         )
         return batch, pending.ends_epoch
 
-    def _start(self) -> Iterator[Built]:
+    def _start(self) -> _Run:
         """Workers at work from the current state on."""
-        builder = BatchBuilder(self._shards, self._image, self._text, self._slabs)
+        images = self._images_per_slab()
+        slabs = SlabPool(
+            self._prefetch * max(self._num_workers, 1) + _SPARE_SLABS,
+            0 if self._image is None else images * math.prod(self._image.shape),
+        )
+        pending: deque[_Pending] = deque()
+        planner = _Planner(self._shards, self._order, self._batches, self._state, slabs, images, pending)
+        builder = BatchBuilder(self._shards, self._image, self._text, slabs)
         workers: dict[str, Any] = {}
         if self._num_workers:
             # forked: nothing is pickled or imported again, and no semaphore name is left behind by a kill
@@ -227,18 +242,10 @@ class StreamingLoader:
                 "prefetch_factor": self._prefetch,
                 "worker_init_fn": partial(start_worker, parent=os.getpid()),
             }
-        stream: Iterator[Built] = iter(
+        built: Iterator[Built] = iter(
             DataLoader(
                 builder,  # type: ignore[arg-type]  # a data set whose keys are plans
-                sampler=_Planner(
-                    self._shards,
-                    self._order,
-                    self._batches,
-                    self._state,
-                    self._slabs,
-                    self._slab_images,
-                    self._pending,
-                ),
+                sampler=planner,
                 batch_size=None,
                 collate_fn=_unchanged,
                 num_workers=self._num_workers,
@@ -246,8 +253,8 @@ class StreamingLoader:
                 **workers,
             )
         )
-        self._slabs.pin()
-        return stream
+        slabs.pin()
+        return _Run(built, pending, slabs)
 
     def _images_per_slab(self) -> int:
         """Enough for a batch of ordinary size; those with more images overflow."""
@@ -256,9 +263,9 @@ class StreamingLoader:
         size = self._batches.global_batch_size // self.world_size
         images = self._shards.index["images"][:: max(1, len(self._shards.index) // 4096)]
         most = int(images.max(initial=0))
-        return size if most <= 1 else int(1.5 * size * images.mean()) + most
+        return size if most <= 1 else int(1.5 * size * images.mean()) + min(most, size)
 
-    def _collate(self, built: Built, pending: _Pending) -> Batch:
+    def _collate(self, built: Built, pending: _Pending, slabs: SlabPool) -> Batch:
         """Tensors over a worker's arrays, and over the slab."""
         images: torch.Tensor | list[bytes] = built.encoded
         copied = None
@@ -267,8 +274,8 @@ class StreamingLoader:
             shape = (len(built.image_samples), height, width, channels)
             pixels = built.pixels
             if pending.slab is not None:
-                pixels = self._slabs.lend(pending.slab)[: math.prod(shape)].reshape(shape)
-                copied = partial(self._slabs.record_copy, pending.slab)
+                pixels = slabs.lend(pending.slab)[: math.prod(shape)].reshape(shape)
+                copied = partial(slabs.record_copy, pending.slab)
             assert pixels is not None
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         positions = torch.from_numpy(built.positions)

@@ -10,7 +10,7 @@ import mmap
 import os
 import weakref
 from collections import deque
-from typing import Any
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ import torch
 Bytes = npt.NDArray[np.uint8]
 
 _PAGE = mmap.PAGESIZE
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 class SlabPool:
@@ -41,13 +42,13 @@ class SlabPool:
             finally:
                 os.close(descriptor)
         self._free: deque[int] = deque(range(self.count))
-        self._copies: dict[int, list[Any]] = {}
+        self._copies: dict[int, list[torch.cuda.Event]] = {}
         self._draining: list[int] = []
         self._pinned = False
 
     def acquire(self) -> int | None:
         """A free slab's number, or None when all are in use."""
-        for slab in [slab for slab in self._draining if all(event.query() for event in self._copies[slab])]:
+        for slab in [slab for slab in self._draining if _complete(self._copies[slab])]:
             self._draining.remove(slab)
             del self._copies[slab]
             self._free.append(slab)
@@ -68,18 +69,31 @@ class SlabPool:
         return memory
 
     def release(self, slab: int) -> None:
-        """Free a slab, once the copies recorded for it are complete."""
+        """Free a slab, once the copies out of it are complete: those recorded, and those on the current stream."""
+        if self._pinned:  # a plain `tensor.to("cuda", non_blocking=True)` records nothing
+            self.record_copy(slab, torch.cuda.current_stream().record_event())
         (self._draining if slab in self._copies else self._free).append(slab)
 
-    def record_copy(self, slab: int, event: Any) -> None:
-        """Keep a slab until `event` (torch.cuda.Event) has come to pass."""
+    def record_copy(self, slab: int, event: torch.cuda.Event) -> None:
+        """Keep a slab until `event` has come to pass."""
         self._copies.setdefault(slab, []).append(event)
 
     def pin(self) -> None:
         """Register the memory with CUDA, so that copies to the device run beside other work. Without CUDA nothing happens."""
         if self._map is None or self._pinned or not torch.cuda.is_available():
             return
-        whole = np.frombuffer(self._map, np.uint8)
+        address = np.frombuffer(self._map, np.uint8).ctypes.data
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = cudart.cudaHostRegister(whole.ctypes.data, whole.nbytes, 0)
-        self._pinned = int(status) == 0
+        if int(cudart.cudaHostRegister(address, self.count * self.size, _PORTABLE)) == 0:
+            self._pinned = True
+            weakref.finalize(self, _unpin, address, self._copies).atexit = False
+
+
+def _complete(events: list[torch.cuda.Event]) -> bool:
+    return all(event.query() for event in events)  # type: ignore[no-untyped-call]
+
+
+def _unpin(address: int, copies: dict[int, list[torch.cuda.Event]]) -> None:
+    for event in chain.from_iterable(copies.values()):
+        event.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
