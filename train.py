@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,28 +62,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Train LLaVA on shards.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--shards",
-        nargs="+",
-        required=True,
-        help="a pattern ('data/{000..007}.tar'), folder, manifest, or tars",
-    )
-    add(
-        "--stage",
-        choices=STAGES,
-        default="finetune",
-        help="pretrain: projector; finetune: and language model",
-    )
+    add("--shards", nargs="+", required=True, help="a pattern ('data/{000..007}.tar'), a folder, or tars")
+    add("--stage", choices=STAGES, default="finetune", help="train the projector; or the language model, too")
     add("--model", default="tiny", help="tiny, or the name or path of a LLaVA model that transformers loads")
     add("--batch-size", type=_positive, default=16, help="samples per process and step")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=_positive, default=3, help="passes over the data")
     length.add_argument("--steps", type=_positive, help="steps, instead of --epochs")
-    add(
-        "--lr",
-        type=float,
-        help=f"peak learning rate; None: pretrain 1e-3, finetune 2e-5, tiny {TINY_LEARNING_RATE}",
-    )
+    add("--lr", type=float, help=f"its peak; None: pretrain 1e-3, finetune 2e-5, tiny {TINY_LEARNING_RATE}")
     add("--max-length", type=_positive, default=2048, help="tokens of a sample, those of its images included")
     add("--checkpoint-dir", type=Path, help="where checkpoints go; the newest one there is continued from")
     add("--save-every", type=_positive, default=500, help="steps between checkpoints")
@@ -124,6 +111,7 @@ def preprocessing(name: str, config: Any, stage: Stage, max_length: int) -> tupl
     tokenizer: Tokenizer = ByteTokenizer()
     colours = {}
     if name != "tiny":
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers tokenise, one sample at a time
         tokenizer = _pretrained(transformers.AutoTokenizer.from_pretrained, name)
         settings, _ = _pretrained(ImageProcessingMixin.get_image_processor_dict, name)
         colours = {"mean": tuple(settings["image_mean"]), "std": tuple(settings["image_std"])}
@@ -278,10 +266,9 @@ def load_checkpoint(folder: Path, identity: dict[str, str]) -> dict[str, Any] | 
     except Exception as error:
         raise StateError(f"{newest} cannot be read; without it, the one before is taken: {error}") from error
     for name, value in identity.items():
-        if content[name] != value:
-            raise StateError(
-                f"{newest} has --{name} {content[name]}, not {value}; choose another --checkpoint-dir"
-            )
+        if content.get(name) != value:
+            found = content.get(name)
+            raise StateError(f"{newest} has --{name} {found}, not {value}; choose another --checkpoint-dir")
     return content
 
 
@@ -304,7 +291,8 @@ class Progress:
     def __init__(self, seen: int, total: int) -> None:
         self._shown = dist.get_rank() == 0
         bar = self._shown and sys.stderr.isatty()
-        self._bar = tqdm(initial=seen, total=total, unit="sample", disable=not bar)
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self._bar = tqdm(initial=seen, total=total, bar_format=form, disable=not bar)
         self._first = self._seen = seen
         self._losses: list[float] = []
         self._waited = 0.0
@@ -321,9 +309,9 @@ class Progress:
     def step(self, step: int, seen: int, loss: float) -> None:
         """A step is done, the run's `step`-th."""
         self._losses.append(loss)
+        self._seen, more = seen, seen - self._seen
         self._bar.set_postfix_str(f"loss {loss:.3f}, {self._pace()}", refresh=False)
-        self._bar.update(seen - self._seen)
-        self._seen = seen
+        self._bar.update(more)
         if self._bar.disable and time.perf_counter() - self._told > SECONDS_BETWEEN_LINES:
             self._told = time.perf_counter()
             self.say(f"step {step}: {seen} of {self._bar.total} samples, loss {loss:.3f}, {self._pace()}")
@@ -383,6 +371,8 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     if arguments.steps:
         total = seen + (arguments.steps - step) * dist.get_world_size() * arguments.batch_size
     progress = Progress(seen, total)
+    if state["fingerprint"]["samples"] == 0:
+        raise UsageError(f"no samples in {' '.join(arguments.shards)}")
     if seen >= total:
         progress.say(f"nothing left to train: {step} steps, {seen} samples are done")
         return
@@ -393,8 +383,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     with torch.no_grad():
         tokens_per_image = model.image_features(torch.zeros(1, *image.shape, device=device)).shape[1]
     ranks = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    epochs = (batch for _ in iter(int, 1) for batch in loader)
-    for batch in progress.timed(epochs):
+    for batch in progress.timed(chain.from_iterable(repeat(loader))):  # epoch after epoch
         step += 1
         inputs = expand(
             batch,
