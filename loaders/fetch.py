@@ -44,22 +44,22 @@ class LocalFetcher:
             with suppress(OSError):
                 os.posix_fadvise(self._file(shard), begin, end - begin, os.POSIX_FADV_WILLNEED)
         for shard, begin, end, spans in runs:
-            try:
-                data = memoryview(_read_fully(self._file(shard), begin, end - begin))
-            except OSError as error:
-                for number in spans:
-                    yield number, SampleError("shard-read-error", f"{error.strerror or error}")
-                continue
+            data = self._bytes(shard, begin, end - begin)
             for number in spans:
-                first = int(offsets[number]) - begin
-                span = data[first : first + int(sizes[number])]
-                if len(span) < sizes[number]:
-                    yield (
-                        number,
-                        SampleError("shard-read-error", f"the shard ends at byte {begin + len(data)}"),
-                    )
-                else:
-                    yield number, span
+                offset, size = int(offsets[number]), int(sizes[number])
+                if not isinstance(data, SampleError):
+                    span: memoryview | SampleError = data[offset - begin :][:size]
+                else:  # a bad spot is one sample's, not its neighbours'
+                    span = self._bytes(shard, offset, size) if len(spans) > 1 else data
+                if not isinstance(span, SampleError) and len(span) < size:
+                    span = SampleError("shard-read-error", f"the shard ends before byte {offset + size}")
+                yield number, span
+
+    def _bytes(self, shard: int, begin: int, size: int) -> memoryview | SampleError:
+        try:
+            return memoryview(_read_fully(self._file(shard), begin, size))
+        except OSError as error:
+            return SampleError("shard-read-error", error.strerror or str(error))
 
     def _file(self, shard: int) -> int:
         if shard in self._open:

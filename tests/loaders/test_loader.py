@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import distributed
 
 from loaders import ImageTransform, LlavaText, StreamingLoader
@@ -25,8 +27,9 @@ TEXT = LlavaText(ByteTokenizer())
 
 
 def make(data, *, batch_size=8, **options):
-    settings = {"image": IMAGE, "text": TEXT, "num_workers": 0, **options}
-    return StreamingLoader(data, batch_size=batch_size, **settings)
+    return StreamingLoader(
+        data, batch_size=batch_size, **{"image": IMAGE, "text": TEXT, "num_workers": 0, **options}
+    )
 
 
 def numbers(batches):
@@ -315,6 +318,39 @@ def test_bad_samples_become_fillers_at_their_position(tmp_path, made, workers, c
     assert (report.batches, report.samples) == (5, 16)
     assert len(caplog.records) == 3  # one line for each reason
     assert "000.tar" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def faulty_data(tmp_path_factory, made):
+    return made.write(tmp_path_factory.mktemp("faulty"), faulty_samples(made), shards=3)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_chain_of_resumes_covers_every_position_once(plain_data, faulty_data, data):
+    folder, length = data.draw(st.sampled_from([(plain_data, 103), (faulty_data, 20)]))
+    order = {
+        "shuffle": data.draw(st.sampled_from(["block", "full", None])),
+        "seed": data.draw(st.integers(0, 9)),
+    }
+    state, used = None, []
+    for run in range(last := data.draw(st.integers(0, 4)), -1, -1):
+        world, size = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 20))
+        ranks = [make(folder, batch_size=size, rank=r, world_size=world, **order) for r in range(world)]
+        for loader in ranks:
+            loader.load_state_dict(state or loader.state_dict())
+        steps = data.draw(st.integers(0, len(ranks[0]) - 1)) if run else len(ranks[0])
+        streams = [iter(loader) for loader in ranks]
+        for _ in range(steps):
+            batches = [next(stream) for stream in streams]
+            assert len({len(batch.keys) for batch in batches}) == 1
+            assert all(batch.state == batches[0].state for batch in batches)
+            for batch in batches:
+                check_contents(batch)
+                used += batch.positions[batch.valid].tolist() + [fault.position for fault in batch.faults]
+        state = ranks[-1].state_dict()
+    assert sorted(used) == list(range(length)), last
+    assert (state["epoch"], state["position"], state["start"]) == (1, 0, 0)
 
 
 def test_the_report_counts_what_was_handed_out(tmp_path, made):
