@@ -204,6 +204,8 @@ class StreamingLoader:
             self._run = self._start()
         try:
             built = next(self._run.built)
+            pending = self._run.pending.popleft()
+            batch = self._collate(built, pending, self._run.slabs)
         except BaseException as error:
             # plans and batches may be out of step now: the next `for` plans anew from the last batch handed out
             self.close()
@@ -214,8 +216,6 @@ class StreamingLoader:
             raise LoaderError(
                 f"{str(lost).strip(' .')}. Was memory short? Try fewer workers, a smaller batch, or num_workers=0."
             ) from error
-        pending = self._run.pending.popleft()
-        batch = self._collate(built, pending, self._run.slabs)
         self._report.add(
             samples=int(batch.valid.sum()),
             faults=built.faults,
