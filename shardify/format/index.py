@@ -77,7 +77,7 @@ def read_index(path: str | os.PathLike[str], *, samples: int) -> npt.NDArray[np.
         index = np.load(path, mmap_mode="r" if samples else None, allow_pickle=False)
     except FileNotFoundError:
         raise FormatError(f"{os.fspath(path)}: no such index") from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # noqa: BLE001 - numpy's header reader raises what its parsers do
         raise FormatError(f"{os.fspath(path)}: not a readable index ({error})") from None
     if not isinstance(index, np.ndarray) or index.dtype != INDEX_DTYPE or index.shape != (samples,):
         found = getattr(index, "shape", None), getattr(index, "dtype", None)

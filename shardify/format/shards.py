@@ -309,13 +309,16 @@ def _sizes(selections: Sequence[Selection]) -> dict[str, int]:
             missing.append(path)
         except OSError as error:
             raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
-    if missing and len(sizes) + len(missing) == 1:
-        raise FormatError(f"{missing[0]}: no such shard, folder or manifest")
     if missing:
-        raise FormatError(
-            f"{len(missing)} of {len(sizes) + len(missing)} shards are missing: {_some(missing)}"
-        )
+        raise FormatError(describe_missing(missing, len(sizes) + len(missing)))
     return sizes
+
+
+def describe_missing(paths: Sequence[str], total: int) -> str:
+    """Which of `total` named shards are missing, the first few by name."""
+    if total == 1:
+        return f"{paths[0]}: no such shard, folder or manifest"
+    return f"{len(paths)} of {total} shards are missing: {_some(paths)}"
 
 
 def _some(paths: Sequence[str]) -> str:
@@ -370,7 +373,7 @@ def _open_foreign(path: str, sidecar: str, *, number: int) -> tuple[ShardFile, n
 
 def _sidecars(tars: Mapping[str, int], *, say: Callable[[str], None], limit: int | None) -> dict[str, str]:
     """Tar -> sidecar for tars made by others (path -> bytes); what is missing is built when it is within `limit` bytes."""
-    found = {path: _find_sidecar(path, size) for path, size in tars.items()}
+    found = {path: _current_sidecar(path, size) for path, size in tars.items()}
     missing = [path for path, sidecar in found.items() if sidecar is None]
     total = sum(tars[path] for path in missing)
     if limit is not None and total > limit:
@@ -385,27 +388,40 @@ def _sidecars(tars: Mapping[str, int], *, say: Callable[[str], None], limit: int
         with _locked(folder or "."):
             for path in group:
                 # another process may have built it while this one waited for the lock
-                found[path] = _find_sidecar(path, tars[path]) or _build_sidecar(path)
+                found[path] = _current_sidecar(path, tars[path]) or _build_sidecar(path)
     return {path: sidecar for path, sidecar in found.items() if sidecar is not None}
 
 
-def _find_sidecar(path: str, size: int) -> str | None:
-    """The sidecar beside a tar or in the cache, None when it must be built."""
-    beside = _beside(path)
+def find_sidecar(path: str) -> str | None:
+    """The sidecar of a tar made by others: beside it, or in the user's cache; None when none was built yet. It is not looked into."""
+    beside, cached = _beside(path), _cached(path)
     if os.path.exists(beside) and is_sidecar(beside):
-        recorded = read_shard_info(beside).bytes
-        if recorded != size:
-            raise FormatError(
-                f"{path}: {size} bytes, but its index {beside} belongs to a tar of {recorded} bytes; "
-                f"restore the tar, or delete {beside} to have it built again"
-            )
         return beside
-    cached = _cached(path)
-    try:
-        current = os.stat(cached).st_mtime >= os.stat(path).st_mtime and read_shard_info(cached).bytes == size
-    except (OSError, FormatError):
+    return cached if os.path.exists(cached) else None
+
+
+def _current_sidecar(path: str, size: int) -> str | None:
+    """`find_sidecar`, None as well when the cached one is stale.
+
+    Raises:
+        FormatError: the one beside the tar belongs to another tar.
+    """
+    sidecar = find_sidecar(path)
+    if sidecar is None:
         return None
-    return cached if current else None
+    if sidecar == _cached(path):
+        try:
+            newer = os.stat(sidecar).st_mtime >= os.stat(path).st_mtime
+            return sidecar if newer and read_shard_info(sidecar).bytes == size else None
+        except (OSError, FormatError):
+            return None
+    recorded = read_shard_info(sidecar).bytes
+    if recorded != size:
+        raise FormatError(
+            f"{path}: {size} bytes, but its index {sidecar} belongs to a tar of {recorded} bytes; "
+            f"restore the tar, or delete {sidecar} to have it built again"
+        )
+    return sidecar
 
 
 def _build_sidecar(path: str) -> str:
