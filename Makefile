@@ -24,7 +24,7 @@ else
 endif
 
 train: shards
-	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py --shards $(OUT) $(TRAIN_OPTIONS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py --shards $(OUT) $(TRAIN_OPTIONS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
