@@ -96,7 +96,7 @@ def verify_shards(shards: Shards, *, workers: int | None = None) -> bool:
         nonlocal faults
         for fault in found:
             faults += 1
-            tqdm.write(str(fault), file=sys.stdout)
+            tqdm.write(_printable(str(fault)), file=sys.stdout)
 
     damaged: list[str] = []
 
@@ -137,6 +137,12 @@ def verify_shards(shards: Shards, *, workers: int | None = None) -> bool:
         f"{len(tasks):,} shards, {samples:,} samples, {size / 1e6:,.1f} MB: {verdict if faults else 'all is as recorded'}"
     )
     return not faults
+
+
+def _printable(line: str) -> str:
+    """One line, whatever keys and error messages hold."""
+    line = " ".join(line.splitlines())
+    return line if line.isprintable() else line.encode("unicode_escape").decode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,7 @@ def write_sidecar(path: str | os.PathLike[str], rows: Sequence[SampleRow], info:
         schema=SCHEMA,
     ).replace_schema_metadata({_METADATA_KEY: msgspec.json.encode(info)})
     with open(path, "wb") as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
         file.flush()
         os.fsync(file.fileno())
 
@@ -158,7 +158,9 @@ def read_sidecar(path: str | os.PathLike[str], columns: Sequence[str] | None = N
     """
     try:
         with open(path, "rb") as file:
-            table = pq.read_table(file, columns=list(columns) if columns is not None else None)
+            table = pq.read_table(
+                file, columns=list(columns) if columns is not None else None, page_checksum_verification=True
+            )
     except FileNotFoundError:
         raise FormatError(f"{os.fspath(path)}: no such sidecar") from None
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
