@@ -148,6 +148,15 @@ def pack(
 
 
 @app.command()
+def index(shards: ShardsArgument) -> None:
+    """Index shards made by others, so that they can be loaded; shards that have their index are passed over."""
+    from shardify.format.shards import index_shards
+
+    sidecars = index_shards(shards)
+    print(f"{len(sidecars):,} shards are indexed: {sidecars[0]}{' ...' if len(sidecars) > 1 else ''}")
+
+
+@app.command()
 def verify(
     shards: ShardsArgument,
     workers: Annotated[

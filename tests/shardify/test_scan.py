@@ -150,6 +150,21 @@ def test_gnu_tar_and_webdataset_agree_with_us(tmp_path):
             }
 
 
+def test_shards_by_webdatasets_writer_over_real_pictures(tmp_path, real_data):
+    pictures = sorted((real_data / "pillow_edge_cases").glob("*.*"))[:120]
+    path = tmp_path / "w.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for number, picture in enumerate(pictures):
+            field = picture.suffix[1:].lower()
+            writer.write(
+                {"__key__": f"{number:06d}", field: picture.read_bytes(), "json": {"name": picture.name}}
+            )
+    rows, _ = scan_shard(path, name="w.tar")
+    assert len(rows) == len(pictures)
+    assert sum(image.width > 0 for row in rows for image in row.images) > 80
+    check_reads_back(path, rows)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -301,6 +301,19 @@ def test_large_sets_without_index_name_the_command(tmp_path, cache, monkeypatch)
     assert len(open_shards(tmp_path).index) == 3
 
 
+def test_the_index_command(tmp_path, cache):
+    make_tar(tmp_path / "a.tar")
+    command = [sys.executable, "-m", "shardify.cli", "index", str(tmp_path / "a.tar")]
+    for said in ("indexing 1 shards", ""):
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert said in result.stderr
+        assert "1 shards are indexed" in result.stdout
+    (tmp_path / "b.tar").write_bytes(b"x" * 5000)
+    result = subprocess.run([*command[:-1], str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (result.returncode, "Traceback" in result.stderr) == (1, False)
+    assert "b.tar" in result.stderr
+
+
 def test_a_tar_that_cannot_be_indexed_leaves_nothing(tmp_path, cache):
     make_tar(tmp_path / "a.tar")
     (tmp_path / "b.tar").write_bytes(b"x" * 5000)
