@@ -220,6 +220,18 @@ def _pad(pixels: Pixels, size: int, background: tuple[int, ...]) -> Pixels:
 
 
 def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Bicubic as Pillow's, whose two passes round and clip between them, so that their order shows at sharp edges.
+
+    Pillow shrinks rows first, as torch always does, unless columns lose more than twice as many pixels (Pillow 13.0; seen by comparing
+    both orders on 4,000 random pictures and sizes): pictures more than twice as tall as wide.
+    """
+    lost_rows, lost_columns = pixels.shape[0] - height, pixels.shape[1] - width
+    if lost_rows > 0 and lost_columns and lost_rows > 2 * lost_columns:
+        pixels = np.ascontiguousarray(_resize_rows_first(pixels, height, pixels.shape[1]))
+    return _resize_rows_first(pixels, height, width)
+
+
+def _resize_rows_first(pixels: Pixels, height: int, width: int) -> Pixels:
     # seen as a batch of one in channels-last order, which torch has a fast path for and keeps in the result
     batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     resized = functional.interpolate(batch, size=(height, width), mode="bicubic", antialias=True)

@@ -139,6 +139,14 @@ def test_every_shape_is_within_two_of_pillow(width, height, kind, fit):
     assert_as_pillow(encoded(picture(width, height), kind), 96, fit)
 
 
+@pytest.mark.parametrize(("width", "height"), [(132, 272), (400, 1000), (50, 900), (336, 700), (1000, 400)])
+def test_sharp_edges_of_any_shape_are_within_two_of_pillow(width, height):
+    """Noise of black and white, where the order of the two passes shows most."""
+    pixels = np.random.default_rng(0).integers(0, 2, (height, width, 3), dtype=np.uint8) * 255
+    assert_as_pillow(encoded(Image.fromarray(pixels), "PNG"), 107, "crop")
+    assert_as_pillow(encoded(Image.fromarray(pixels), "PNG"), 107, "pad")
+
+
 @given(
     width=st.integers(1, 300), height=st.integers(1, 300), size=st.integers(1, 120), fit=st.sampled_from(FITS)
 )
