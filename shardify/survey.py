@@ -15,7 +15,7 @@ import xxhash
 from shardify.audit import REASONS
 from shardify.errors import SampleError
 from shardify.format.tar import sample_span
-from shardify.images.stores import LOCATION_DTYPE, MISSING, ImageStore
+from shardify.images.stores import LOCATION_DTYPE, MISSING, UNSEEN, ImageStore
 from shardify.pack import RECORD_DTYPE
 from shardify.records import ImageRef, parse_record
 from shardify.sources.llava import RecordFile
@@ -161,7 +161,8 @@ def locate_images(
             if location is not None:
                 rows[number] = (*location, store_number)
                 faults[number] = ""
-                del paths[number]
+                if location.method != UNSEEN:
+                    del paths[number]
     return rows, faults
 
 

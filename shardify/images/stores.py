@@ -5,19 +5,21 @@ members by positioned reads without ever reading an archive's directory again.
 """
 
 import contextlib
+import errno
 import os
 import stat
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shardify.errors import ImageError, SourceError
+from shardify.errors import ImageError, PackError, SourceError
 
 MAX_IMAGE_BYTES = 1024**3
 """A larger image is set aside unread."""
@@ -28,12 +30,15 @@ LOCATION_DTYPE = np.dtype(
         ("stored", "<i8"),  # bytes in the archive
         ("size", "<i8"),  # bytes of the image
         ("crc", "<u4"),
-        ("method", "<i2"),  # the archive's compression method, ENCRYPTED, or PLAIN_FILE
+        ("method", "<i2"),  # the archive's compression method, ENCRYPTED, PLAIN_FILE, or UNSEEN
         ("store", "<i2"),  # the store's number; MISSING when the image is nowhere
     ]
 )
 PLAIN_FILE = -1
 ENCRYPTED = -2
+UNSEEN = (
+    -3
+)  # something stands in the way of even looking: reading it says what, unless a later store holds the image
 MISSING = -1
 
 _NAME_IS_UTF8 = 0x800  # general purpose bit 11
@@ -41,6 +46,9 @@ _LOCAL_HEADER = 30
 # most members have a short name and few extra fields, so that one read takes header and data together
 _HEADER_GUESS = _LOCAL_HEADER + 160
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
+_FAULTS_OF_A_FILE = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
+_EXAMPLES = 3
+_LARGEST = 2**48  # kept of a claimed size: beyond every limit, and sums of it stay within 64 bits
 
 
 class Location(NamedTuple):
@@ -64,7 +72,10 @@ class ImageReader(Protocol):
             location: what `locate` answered.
 
         Raises:
-            ImageError: ``image-missing``, ``image-unreadable``, ``image-damaged`` or ``image-too-large``.
+            ImageError: a fault of the image itself, the same whenever it is read: ``image-unreadable``, ``image-damaged`` or
+                ``image-too-large``.
+            PackError: the store cannot be reached, the image has gone since it was located, or the machine failed: what may
+                be otherwise the next time must not cost a record.
         """
         ...
 
@@ -89,11 +100,19 @@ class ImageStore(Protocol):
         """Of an archive's directory, hexadecimal; empty for folders."""
 
     @property
+    def examples(self) -> Sequence[str]:
+        """The first names in an archive, for messages; empty for folders."""
+
+    @property
     def reader(self) -> ImageReader:
         """Reads what was located."""
 
     def locate(self, paths: Sequence[tuple[str, ...]]) -> list[Location | None]:
-        """Where each path, given by its components, is; None for what the store does not hold."""
+        """Where each path, given by its components, is; None for what the store does not hold.
+
+        Raises:
+            PackError: the store has gone since it was opened.
+        """
         ...
 
 
@@ -136,16 +155,16 @@ class FolderReader:
                 size = os.fstat(file).st_size
                 _check_size(size)
                 data = os.read(file, size)
+                # network file systems may give less at once
                 while len(data) < size and (more := os.read(file, size - len(data))):
-                    data += (
-                        more  # one read gives at most 2 GiB less a page, network file systems may give less
-                    )
+                    data += more
             finally:
                 os.close(file)
-        except FileNotFoundError:
-            raise ImageError("image-missing", "the file has gone since it was located") from None
         except OSError as error:
-            raise ImageError("image-unreadable", error.strerror or str(error)) from None
+            # a folder that cannot be entered is no fault of the images in it
+            if error.errno in _FAULTS_OF_A_FILE and os.access(self.root, os.X_OK):
+                raise ImageError("image-unreadable", error.strerror or str(error)) from None
+            raise _outage(self.file(parts), error) from None
         return data
 
 
@@ -157,6 +176,7 @@ class FolderStore:
     reader: FolderReader
     kind: str = "folder"
     fingerprint: str = ""
+    examples: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -165,16 +185,21 @@ class FolderStore:
 
     def locate(self, paths: Sequence[tuple[str, ...]]) -> list[Location | None]:
         """See `ImageStore`."""
-        return [self._locate(parts) for parts in paths]
+        located = [self._locate(parts) for parts in paths]
+        if None in located:
+            try:
+                os.stat(self.reader.root)
+            except OSError as error:
+                raise _outage(self.path, error) from None
+        return located
 
     def _locate(self, parts: tuple[str, ...]) -> Location | None:
         try:
             found = os.stat(self.reader.file(parts))
         except (FileNotFoundError, NotADirectoryError, UnicodeEncodeError):
             return None
-        except OSError:
-            # it exists in some way: reading it gives the reason
-            return Location(0, 0, 0, 0, PLAIN_FILE)
+        except OSError as error:
+            return None if error.errno == errno.ENAMETOOLONG else Location(0, 0, 0, 0, UNSEEN)
         if not stat.S_ISREG(found.st_mode):
             return None
         return Location(0, found.st_size, found.st_size, 0, PLAIN_FILE)
@@ -206,7 +231,7 @@ class ZipReader:
         try:
             packed = self._packed(location)
         except OSError as error:
-            raise ImageError("image-unreadable", error.strerror or str(error)) from None
+            raise _outage(self.path, error) from None
         data = bytes(packed) if location.method == zipfile.ZIP_STORED else _inflate(packed, location.size)
         if zlib.crc32(data) != location.crc:
             raise ImageError("image-damaged", "its checksum differs from the archive's directory")
@@ -254,6 +279,12 @@ def _check_size(size: int) -> None:
         raise ImageError("image-too-large", f"{size} bytes; the limit is {MAX_IMAGE_BYTES}")
 
 
+def _outage(path: str, error: OSError) -> PackError:
+    return PackError(
+        f"{path}: cannot be read now ({error.strerror or error}); once it can, the same command again continues"
+    )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ZipStore:
     """A zip archive; `members` maps paths to rows of `rows`, a structured array of `LOCATION_DTYPE`."""
@@ -271,6 +302,11 @@ class ZipStore:
         """The archive's own name."""
         return _base_name(self.path)
 
+    @property
+    def examples(self) -> Sequence[str]:
+        """See `ImageStore`."""
+        return [name[:100] for name in islice(self.members, _EXAMPLES)]
+
     def locate(self, paths: Sequence[tuple[str, ...]]) -> list[Location | None]:
         """See `ImageStore`. A single top folder that all members share may be left out of a path, or stand in it alone."""
         return [self._locate("/".join(parts)) for parts in paths]
@@ -287,8 +323,9 @@ class ZipStore:
 
 def _open_zip(path: str) -> ZipStore:
     try:
+        end = os.stat(path).st_size
         with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            entries = [entry for entry in archive.infolist() if not (entry.is_dir() or _is_clutter(entry))]
     except zipfile.BadZipFile as error:
         raise SourceError(
             f"{path}: not a readable zip archive ({error}); images are folders or zip archives"
@@ -296,9 +333,10 @@ def _open_zip(path: str) -> ZipStore:
     except (OSError, NotImplementedError, UnicodeError) as error:
         raise SourceError(f"{path}: cannot be read ({error})") from None
     rows = np.zeros(len(entries), dtype=LOCATION_DTYPE)
-    rows["offset"] = [entry.header_offset for entry in entries]
-    rows["stored"] = [entry.compress_size for entry in entries]
-    rows["size"] = [entry.file_size for entry in entries]
+    # a directory may claim anything: reading refuses what begins at the archive's end, and sizes beyond the limit
+    rows["offset"] = [entry.header_offset if 0 <= entry.header_offset < end else end for entry in entries]
+    rows["stored"] = [min(entry.compress_size, _LARGEST) for entry in entries]
+    rows["size"] = [min(entry.file_size, _LARGEST) for entry in entries]
     rows["crc"] = [entry.CRC for entry in entries]
     rows["method"] = [
         ENCRYPTED if entry.flag_bits & 1 else min(entry.compress_type, 2**15 - 1) for entry in entries
@@ -316,6 +354,11 @@ def _open_zip(path: str) -> ZipStore:
         rows=rows,
         top=f"{tops.pop()}/" if in_one_folder else "",
     )
+
+
+def _is_clutter(entry: zipfile.ZipInfo) -> bool:
+    """What macOS puts into archives beside the files."""
+    return entry.filename.startswith("__MACOSX/") or entry.filename.rpartition("/")[2] == ".DS_Store"
 
 
 def _clean(entry: zipfile.ZipInfo) -> str:

@@ -1,8 +1,10 @@
 """Image headers agree with Pillow on whatever is found in the wild; folders and zips give the bytes that are in them."""
 
+import contextlib
 import io
 import os
 import pickle
+import resource
 import struct
 import warnings
 import zipfile
@@ -13,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shardify.errors import ImageError, SourceError
+from shardify.errors import ImageError, PackError, SourceError
 from shardify.images import stores
 from shardify.images.probe import MAX_PIXELS, ImageHeader, probe, same_format
 from shardify.images.stores import FolderStore, Location, open_store
+from shardify.records import ImageRef
+from shardify.survey import locate_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
 
@@ -159,9 +163,58 @@ def test_a_folder(tmp_path):
     reader = pickle.loads(pickle.dumps(store.reader))
     assert reader.read(paths[0], located[0]) == JPEG
     assert reader.read(paths[1], located[1]) == JPEG[:9]
-    (tmp_path / "elsewhere" / "x.jpg").unlink()
-    with pytest.raises(ImageError, match="image-missing"):
-        reader.read(paths[1], located[1])
+
+
+def test_what_has_gone_since_it_was_located_costs_no_record(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(JPEG)
+    opened, archive = open_store(folder), make_zip(tmp_path / "x.zip", {"a.jpg": JPEG})
+    parts = ("a.jpg",)
+    for store, away in ((opened, folder / "a.jpg"), (opened, folder), (archive, tmp_path / "x.zip")):
+        (location,) = store.locate([parts])
+        away.rename(tmp_path / "away")
+        with pytest.raises(PackError, match=rf"{away}.*No such file.*same command again continues"):
+            store.reader.read(parts, location)
+        if away == folder:
+            with pytest.raises(PackError, match="folder: cannot be read now"):
+                store.locate([parts])
+        (tmp_path / "away").rename(away)
+        assert store.reader.read(parts, location) == JPEG
+
+
+def test_a_machine_that_fails_costs_no_record(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    opened, archive = open_store(tmp_path), make_zip(tmp_path / "x.zip", {"a.jpg": JPEG})
+    parts = ("a.jpg",)
+    located = [store.locate([parts])[0] for store in (opened, archive)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        for store, location in zip((opened, archive), located, strict=True):
+            with pytest.raises(PackError, match="Too many open files"):
+                store.reader.read(parts, location)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_file_that_cannot_be_opened_is_taken_from_a_later_place(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "first" / "a.jpg").symlink_to("a.jpg")
+    (tmp_path / "second" / "a.jpg").write_bytes(JPEG)
+    long = "x" * 300
+    archive = make_zip(tmp_path / "x.zip", {f"{long}/b.jpg": JPEG})
+    places = [open_store(tmp_path / "first"), open_store(tmp_path / "second"), archive]
+    references = [ImageRef("a.jpg"), ImageRef(f"{long}/b.jpg")]
+    rows, faults = locate_images(references, places)
+    assert (rows["store"].tolist(), faults) == ([1, 2], ["", ""])
+    # where no other place has it, reading it says what is wrong
+    rows, faults = locate_images(references, places[:1])
+    assert (rows["store"].tolist(), faults) == ([0, stores.MISSING], ["", "image-missing"])
+    *location, _ = rows[0].tolist()
+    with pytest.raises(ImageError, match="image-unreadable: Too many levels of symbolic links"):
+        places[0].reader.read(("a.jpg",), Location(*location))
 
 
 def make_zip(path, members, method=zipfile.ZIP_STORED):
@@ -203,6 +256,11 @@ def test_the_single_top_folder_of_a_zip_may_be_left_out(tmp_path):
     store = make_zip(tmp_path / "x.zip", {"data/coco/a.jpg": JPEG, "data/vg/b.jpg": JPEG})
     assert all(store.locate([("coco", "a.jpg"), ("data", "vg", "b.jpg"), ("vg", "b.jpg")]))
     assert store.locate([("a.jpg",), ("vg",)]) == [None, None]
+    macos = {"__MACOSX/data/._a.jpg": b"x", ".DS_Store": b"x", "data/.DS_Store": b"x", "data/a.jpg": JPEG}
+    store = make_zip(tmp_path / "macos.zip", macos)
+    assert all(store.locate([("a.jpg",), ("data", "a.jpg")]))
+    assert store.locate([("__MACOSX", "data", "._a.jpg"), (".DS_Store",)]) == [None, None]
+    assert list(store.examples) == ["data/a.jpg"]
     mixed = make_zip(tmp_path / "y.zip", {"data/a.jpg": JPEG, "b.jpg": JPEG})
     assert mixed.locate([("a.jpg",)]) == [None]
 
@@ -244,6 +302,101 @@ def test_damaged_members_have_reasons(tmp_path):
     assert code(good, location._replace(method=zipfile.ZIP_STORED)) == "image-damaged"
     assert code(good, location._replace(method=zipfile.ZIP_LZMA)) == "image-unreadable"
     assert code(good, location._replace(method=stores.ENCRYPTED)) == "image-unreadable"
+
+
+def zip64_claim(path, *, size, stored, offset):
+    """Archive `path` of one stored member, whose directory claims other numbers in a zip64 field."""
+    name, local = b"a.jpg", path.with_suffix(".plain")
+    make_zip(local, {"a.jpg": JPEG})
+    content = local.read_bytes()
+    at = content.index(b"PK\1\2")
+    entry = bytearray(content[at : at + 46])
+    extra = struct.pack("<HHQQQ", 1, 24, size, stored, offset)
+    entry[20:28] = b"\xff" * 8
+    entry[30:32] = struct.pack("<H", len(extra))
+    entry[42:46] = b"\xff" * 4
+    end = bytearray(content[content.index(b"PK\5\6") :])
+    end[12:16] = struct.pack("<I", len(entry) + len(name) + len(extra))
+    path.write_bytes(content[:at] + entry + name + extra + end)
+    store = open_store(path)
+    return store, store.locate([("a.jpg",)])[0]
+
+
+def test_zip64_fields(tmp_path):
+    good = {"size": len(JPEG), "stored": len(JPEG), "offset": 0}
+    store, location = zip64_claim(tmp_path / "x.zip", **good)
+    assert store.reader.read(("a.jpg",), location) == JPEG
+    most = 2**64 - 1
+    for claim, code in (
+        ({"size": most, "stored": most}, "image-too-large"),
+        ({"size": most}, "image-too-large"),
+        ({"stored": most}, "image-damaged"),
+        ({"size": len(JPEG) + 1}, "image-damaged"),
+        ({"size": len(JPEG) - 1, "stored": len(JPEG) - 1}, "image-damaged"),
+        ({"size": 2**29, "stored": 2**29}, "image-damaged"),
+        ({"offset": most}, "image-damaged"),
+        ({"offset": 2**63 - 1}, "image-damaged"),
+        ({"offset": 9}, "image-damaged"),
+    ):
+        store, location = zip64_claim(tmp_path / "x.zip", **{**good, **claim})
+        with pytest.raises(ImageError, match=code):
+            store.reader.read(("a.jpg",), location)
+
+
+def test_an_archive_with_more_members_than_a_plain_directory_counts(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for number in range(2**16 + 1):
+            archive.writestr(zipfile.ZipInfo(f"{number}"), b"%d" % number)
+    store = open_store(tmp_path / "x.zip")
+    for number in (0, 2**16):
+        parts = (str(number),)
+        assert store.reader.read(parts, store.locate([parts])[0]) == b"%d" % number
+
+
+def test_encrypted_members_are_seen_by_their_flag(tmp_path):
+    path = tmp_path / "x.zip"
+    make_zip(path, {"a": JPEG, "b": JPEG})
+    content = bytearray(path.read_bytes())
+    for signature, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(signature) + at] |= 1
+    path.write_bytes(content)
+    store = open_store(path)
+    encrypted, plain = store.locate([("a",), ("b",)])
+    assert encrypted.method == stores.ENCRYPTED
+    with pytest.raises(ImageError, match="image-unreadable: encrypted"):
+        store.reader.read(("a",), encrypted)
+    assert store.reader.read(("b",), plain) == JPEG
+
+
+def test_the_last_of_several_members_of_one_name_counts(tmp_path):
+    path = tmp_path / "x.zip"
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+        warnings.simplefilter("ignore")
+        for data in (b"old", JPEG):
+            archive.writestr("a", data)
+    store = open_store(path)
+    assert store.reader.read(("a",), store.locate([("a",)])[0]) == JPEG  # as zipfile and unzip have it
+
+
+@given(st.data())
+def test_any_bytes_are_an_archive_or_a_clear_refusal(tmp_path, data):
+    path = tmp_path / "x.zip"
+    if not path.exists():
+        make_zip(path, {"a": JPEG[:100], "b/é": b"text" * 20}, zipfile.ZIP_DEFLATED)
+        (tmp_path / "good").write_bytes(path.read_bytes())
+    content = bytearray((tmp_path / "good").read_bytes())
+    start = content.index(b"PK\1\2")
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(start, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        store = open_store(path)
+    except SourceError:
+        return
+    for name in store.members:
+        parts = tuple(name.split("/"))
+        with contextlib.suppress(ImageError):
+            store.reader.read(parts, store.locate([parts])[0])
 
 
 def test_places_without_images_are_refused(tmp_path):
