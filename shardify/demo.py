@@ -5,11 +5,13 @@ qualities are drawn from a seed; captions and answers say what a crop shows, so 
 real data sets trip converters with is in it too: see `_ROLES`.
 """
 
+import fcntl
 import json
 import os
 import random
 import shutil
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,9 +22,11 @@ from typing import Any, Literal
 from PIL import Image
 from tqdm import tqdm
 
-from shardify.errors import UsageError
+from shardify.errors import ShardifyError, UsageError
 
-_MADE_WITH = "demo.json"
+_FILES = ("chat.json", "images.zip", "metadata.json")
+_MADE_WITH = "demo.json"  # written last: the demo is whole
+_UNFINISHED = ".unfinished"
 _VERSION = 1
 _ZIP_DATE = (2024, 1, 1, 0, 0, 0)
 
@@ -151,7 +155,9 @@ def make_demo(folder: str | os.PathLike[str], *, samples: int = 512, seed: int =
         seed: of the crops, scales, qualities and words.
 
     Raises:
-        UsageError: the folder holds something else, `samples` is too small, or scikit-image is not installed.
+        UsageError: the folder holds something else, another run makes a demo there, `samples` is too small, or scikit-image is
+            not installed.
+        ShardifyError: the files cannot be written.
     """
     if samples < 16:
         raise UsageError(f"a demo of {samples} records cannot hold what it should show; make at least 16")
@@ -161,30 +167,50 @@ def make_demo(folder: str | os.PathLike[str], *, samples: int = 512, seed: int =
     if _is_made(target, made_with):
         print(f"{folder} holds this demo already; {next_step}")
         return
-    photos = _load_photos()
-    # made beside its place and renamed, so that a demo is whole or not there
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    existed = target.exists()
+    # made inside its place, which may be the current folder or a mounted disk, and moved up when all is written
+    unfinished = target / _UNFINISHED
     try:
-        unfinished.mkdir(parents=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{target}: cannot be made ({error.strerror})") from None
     try:
-        rng = random.Random(seed)  # noqa: S311 - for variety, not secrets
-        roles = _draw_roles(samples, rng)
-        pictures = _make_pictures(unfinished / "images.zip", roles, photos, rng)
-        records = _make_records(roles, pictures, rng)
-        metadata = [_metadata(picture, rng) for _, picture in sorted(pictures.items())]
-        _write_json(unfinished / "chat.json", records)
-        _write_json(unfinished / "metadata.json", metadata)
-        files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
-        libraries = {name: version(name) for name in ("scikit-image", "pillow")}
-        _write_json(unfinished / _MADE_WITH, {"made_with": made_with, "libraries": libraries, "files": files})
-        unfinished.rename(target)
+        with open(unfinished / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{target}: another run is making a demo there") from None
+            try:
+                files = _write_demo(unfinished, made_with)
+                for name in (*files, _MADE_WITH):
+                    (unfinished / name).rename(target / name)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise ShardifyError(
+            f"{error.filename or target}: {error.strerror or error}; the demo was not finished, the same command again makes it"
+        ) from None
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    megabytes = sum(files.values()) / 1e6
-    print(f"{folder}: {samples} records, {len(metadata)} pictures, {megabytes:.1f} MB; {next_step}")
+        if not existed:
+            with suppress(OSError):  # not empty: the demo
+                target.rmdir()
+    print(f"{folder}: {samples} records, {sum(files.values()) / 1e6:.1f} MB; {next_step}")
+
+
+def _write_demo(folder: Path, made_with: dict[str, int]) -> dict[str, int]:
+    """Write the demo's files and what they were made with; returns their sizes by name."""
+    photos = _load_photos()
+    rng = random.Random(made_with["seed"])  # noqa: S311 - for variety, not secrets
+    roles = _draw_roles(made_with["samples"], rng)
+    pictures = _make_pictures(folder / "images.zip", roles, photos, rng)
+    _write_json(folder / "chat.json", _make_records(roles, pictures, rng))
+    _write_json(
+        folder / "metadata.json", [_metadata(picture, rng) for _, picture in sorted(pictures.items())]
+    )
+    files = {name: (folder / name).stat().st_size for name in _FILES}
+    libraries = {name: version(name) for name in ("scikit-image", "pillow")}
+    _write_json(folder / _MADE_WITH, {"made_with": made_with, "libraries": libraries, "files": files})
+    return files
 
 
 def _is_made(target: Path, made_with: dict[str, int]) -> bool:
@@ -194,7 +220,7 @@ def _is_made(target: Path, made_with: dict[str, int]) -> bool:
         UsageError: it holds something else.
     """
     if target.is_dir():
-        content = sorted(path.name for path in target.iterdir())
+        content = sorted(path.name for path in target.iterdir() if path.name != _UNFINISHED)
     elif target.exists():
         raise UsageError(f"{target}: is a file; name a folder for the demo")
     else:
@@ -202,6 +228,8 @@ def _is_made(target: Path, made_with: dict[str, int]) -> bool:
     if not content:
         return False
     if _MADE_WITH not in content:
+        if (target / _UNFINISHED).is_dir() and set(content) <= set(_FILES):
+            return False  # killed between its last steps
         raise UsageError(
             f"{target}: holds other files ({', '.join(content[:3])}); name a new or empty folder for the demo"
         )

@@ -1,7 +1,9 @@
 """The demo data set: deterministic, whole or not there, and with everything in it that trips converters."""
 
+import fcntl
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -16,6 +18,7 @@ from shardify.images.probe import probe
 from shardify.records import parse_record
 
 SAMPLES = 512
+FILES = ["chat.json", "demo.json", "images.zip", "metadata.json"]
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +157,46 @@ def test_a_killed_run_leaves_no_demo_and_the_next_one_succeeds(tmp_path):
         f"d.make_demo({str(target)!r}, samples=16)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    assert not target.exists()
+    assert [path.name for path in target.iterdir()] == [".unfinished"]
+    (target / ".unfinished" / "images.zip").rename(
+        target / "images.zip"
+    )  # as killed while it moves its files
     make_demo(target, samples=16)
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert sorted(path.name for path in target.iterdir()) == FILES
+
+
+def test_the_folder_one_stands_in_stays_that_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_demo(".", samples=16)
+    assert sorted(os.listdir(".")) == FILES  # by what stands under the process, not by the path
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+
+
+def test_two_at_once_do_not_share_a_folder(tmp_path):
+    (tmp_path / "demo" / ".unfinished").mkdir(parents=True)
+    with open(tmp_path / "demo" / ".unfinished" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another run"):
+            make_demo(tmp_path / "demo", samples=16)
+    make_demo(tmp_path / "demo", samples=16)
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == FILES
+
+
+def test_a_full_disk_is_one_clear_message(tmp_path):
+    code = (
+        "import resource, signal, sys\n"
+        "from shardify.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        f"sys.argv = ['shardify', 'demo', {str(tmp_path / 'demo')!r}, '--samples', '16']\n"
+        "main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "demo").exists()
 
 
 def test_without_scikit_image_the_extra_is_named(tmp_path):
