@@ -285,8 +285,8 @@ def _pack_shards(
     number = {name: shard for shard, name in enumerate(shard_names)}
     try:
         with Progress("packing", total=total, done=done) as progress:
-            for result in run_shards(context, tasks(), workers=min(workers, len(todo))):
-                progress.advance(sizes[result.name], result.bytes)
+            packed = run_shards(context, tasks(), workers=min(workers, len(todo)), report=progress.advance)
+            for result in packed:
                 count(number[result.name], Counter(result.set_aside))
     except KeyboardInterrupt:
         print("\nfinished shards stay; the same command again continues", file=sys.stderr)

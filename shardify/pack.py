@@ -6,8 +6,9 @@ files are written in OUT/.packing and renamed, the sidecar last, so that a sidec
 
 import json
 import os
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -40,6 +41,10 @@ RECORD_DTYPE = np.dtype(
 
 _MAX_SPAN = 2**32 - 1
 _MAX_IMAGES = 2**16 - 1
+_REPORT_EVERY = 0.2  # seconds
+
+Report = Callable[[int, int], None]
+"""Is told now and then how many records have been packed or set aside, and bytes written, since it was told last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +111,15 @@ def finished_shard(out: str, tar_name: str, plan: str) -> ShardInfo | None:
     return info if info.plan == plan and info.bytes == size else None
 
 
-def pack_shard(context: PackContext, task: ShardTask) -> ShardResult:
+def pack_shard(
+    context: PackContext, task: ShardTask, *, report: Report = lambda _records, _bytes: None
+) -> ShardResult:
     """Pack one shard.
+
+    Args:
+        context: what all tasks share.
+        task: the shard.
+        report: is told of all records of the task by its end.
 
     Raises:
         PackError: a file cannot be written, or a record is bad and `context.fail` is set.
@@ -118,7 +130,7 @@ def pack_shard(context: PackContext, task: ShardTask) -> ShardResult:
     try:
         with open(tar, "wb", buffering=0) as file:
             writer = ShardWriter(file)
-            content = _write_samples(context, task, writer)
+            content = _write_samples(context, task, writer, report)
             digest = writer.close()
             os.fsync(file.fileno())
         info = ShardInfo(
@@ -143,7 +155,7 @@ def pack_shard(context: PackContext, task: ShardTask) -> ShardResult:
 def find_faults(context: PackContext, task: ShardTask) -> list[SetAside]:
     """What `pack_shard` would set aside of this task; writes nothing."""
     with open(os.devnull, "wb", buffering=0) as nowhere:
-        return _write_samples(context, task, ShardWriter(nowhere)).set_aside
+        return _write_samples(context, task, ShardWriter(nowhere), lambda _records, _bytes: None).set_aside
 
 
 def sync_folder(path: str) -> None:
@@ -174,10 +186,10 @@ class _BadImage(Exception):  # noqa: N818 - never leaves this module
         self.path = path
 
 
-def _write_samples(context: PackContext, task: ShardTask, writer: ShardWriter) -> _Content:
+def _write_samples(context: PackContext, task: ShardTask, writer: ShardWriter, report: Report) -> _Content:
     content = _Content()
     locations = iter(task.images.tolist())
-    for position, record, raw in _read_records(context, task):
+    for position, record, raw in _reported(_read_records(context, task), writer, report):
         rows = list(islice(locations, record.images))
         sample: Sample | None = None
         try:
@@ -244,6 +256,20 @@ def _read_records(context: PackContext, task: ShardTask) -> Iterator[tuple[int, 
             if len(raw) < length:
                 raise PackError(f"{path}: has become shorter while it was packed")
             yield position, _Record(number - context.file_starts[file], name, images, repeated), raw
+
+
+def _reported(
+    records: Iterator[tuple[int, _Record, bytes]], writer: ShardWriter, report: Report
+) -> Iterator[tuple[int, _Record, bytes]]:
+    """The records; tells how many of them are done."""
+    done, told, size = 0, time.monotonic(), writer.offset
+    for record in records:
+        yield record
+        done += 1
+        if (now := time.monotonic()) - told >= _REPORT_EVERY:
+            report(done, writer.offset - size)
+            done, told, size = 0, now, writer.offset
+    report(done, writer.offset - size)
 
 
 def _read_images(

@@ -12,15 +12,27 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 
 from shardify.errors import PackError
-from shardify.pack import PackContext, ShardResult, ShardTask, pack_shard
+from shardify.pack import PackContext, Report, ShardResult, ShardTask, pack_shard
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def run_shards(context: PackContext, tasks: Iterable[ShardTask], *, workers: int) -> Iterator[ShardResult]:
+def run_shards(
+    context: PackContext,
+    tasks: Iterable[ShardTask],
+    *,
+    workers: int,
+    report: Report = lambda _records, _bytes: None,
+) -> Iterator[ShardResult]:
     """Pack all shards, `workers` at a time.
 
     Tasks are drawn as workers become free. Workers die with this process; closing the iterator ends them.
+
+    Args:
+        context: what all tasks share.
+        tasks: the shards.
+        workers: processes; 1 packs in this one.
+        report: is told how far the shards are, several times a second for each worker.
 
     Yields:
         the results, in the order in which shards are finished.
@@ -30,7 +42,7 @@ def run_shards(context: PackContext, tasks: Iterable[ShardTask], *, workers: int
     """
     if workers == 1:
         for task in tasks:
-            yield pack_shard(context, task)
+            yield pack_shard(context, task, report=report)
         return
     pool: dict[Connection, ForkProcess] = {}
     busy: dict[Connection, str] = {}
@@ -50,12 +62,17 @@ def run_shards(context: PackContext, tasks: Iterable[ShardTask], *, workers: int
         while busy:
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
-                yield _receive(connection, pool[connection], busy.pop(connection))
+                message = _receive(connection, pool[connection], busy[connection])
+                if not isinstance(message, ShardResult):
+                    report(*message)
+                    continue
+                del busy[connection]
+                yield message
                 for task in islice(waiting, 1):
                     busy[connection] = _send(connection, task)
     finally:
         for process in pool.values():
-            process.terminate()
+            process.kill()
         for connection, process in pool.items():
             process.join()
             connection.close()
@@ -67,9 +84,10 @@ def _send(connection: Connection, task: ShardTask) -> str:
     return task.name
 
 
-def _receive(connection: Connection, process: ForkProcess, shard: str) -> ShardResult:
+def _receive(connection: Connection, process: ForkProcess, shard: str) -> ShardResult | tuple[int, int]:
+    """A finished shard, or how far a worker is."""
     try:
-        result = connection.recv()
+        message: ShardResult | tuple[int, int] | Exception = connection.recv()
     except (EOFError, ConnectionResetError):
         process.join()
         code = process.exitcode or 0
@@ -77,25 +95,25 @@ def _receive(connection: Connection, process: ForkProcess, shard: str) -> ShardR
         raise PackError(
             f"the worker that packed {shard} was ended {how} (out of memory?); the same command again continues"
         ) from None
-    if isinstance(result, Exception):
-        raise result
-    assert isinstance(result, ShardResult)
-    return result
+    if isinstance(message, Exception):
+        raise message
+    return message
 
 
 def _work(connection: Connection, context: PackContext, parent: int) -> None:
     _die_with(parent)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # an interrupt is the parent's to handle: it ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # sent to the whole process group, these are the parent's to handle: it ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True:
         try:
             task = connection.recv()
         except EOFError:
             return
         try:
-            result: ShardResult | Exception = pack_shard(context, task)
+            result: ShardResult | Exception = pack_shard(
+                context, task, report=lambda records, size: connection.send((records, size))
+            )
         except Exception as error:  # noqa: BLE001 - raised again by the parent
             error.add_note(f"in the worker that packed {task.name}:\n{traceback.format_exc()}")
             result = error
