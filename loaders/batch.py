@@ -75,6 +75,12 @@ class Batch:
     faults: tuple[SampleFault, ...] = ()
     _copied: Callable[[torch.cuda.Event], None] | None = field(default=None, repr=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy has memory of its own, and no slab to look after
+        return _from_fields, (
+            {item.name: getattr(self, item.name) for item in fields(self) if item.name != "_copied"},
+        )
+
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
         """The batch with its tensors on `device`.
 
@@ -92,3 +98,7 @@ class Batch:
             event.record(torch.cuda.current_stream(device))
             self._copied(event)
         return replace(self, **moved)
+
+
+def _from_fields(values: dict[str, Any]) -> Batch:
+    return Batch(**values)

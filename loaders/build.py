@@ -16,7 +16,7 @@ from loaders.batching import FILLER
 from loaders.fetch import LocalFetcher
 from loaders.slabs import SlabPool
 from loaders.text import IGNORE_INDEX, TextResult
-from shardify.errors import FormatError, SampleError
+from shardify.errors import FormatError, LoaderError, SampleError
 from shardify.format.names import RECORD_FIELD, is_image_field
 from shardify.format.shards import ShardSet
 from shardify.format.tar import read_members
@@ -109,7 +109,13 @@ class BatchBuilder:
         self._fetcher: LocalFetcher | None = None
         self._process = -1
 
-    def __getitem__(self, plan: BatchPlan) -> Built:
+    def __getitem__(self, plan: BatchPlan) -> Built | LoaderError:
+        try:
+            return self._build(plan)
+        except LoaderError as error:
+            return error  # raised in the main process, without a worker's traceback around it
+
+    def _build(self, plan: BatchPlan) -> Built:
         if self._process != os.getpid():  # files are opened where they are read
             self._fetcher, self._process = LocalFetcher(self._paths), os.getpid()
         assert self._fetcher is not None

@@ -1,5 +1,6 @@
 """Sample bytes from local shards: positioned reads, neighbours in one, the whole batch announced to the kernel first."""
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -8,9 +9,9 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
-from shardify.errors import SampleError
+from shardify.errors import LoaderError, SampleError
 
-_OPEN_FILES = 64
+_OPEN_FILES = 256
 _MAX_READ = 256 * 1024 * 1024  # bytes in one read of neighbouring samples
 
 
@@ -37,6 +38,9 @@ class LocalFetcher:
 
         Yields:
             (i, bytes of span i), each i once, in the order of the shards' bytes.
+
+        Raises:
+            LoaderError: a shard cannot be opened.
         """
         runs = list(_runs(shards, offsets, sizes))
         for shard, begin, end, _ in runs:
@@ -66,9 +70,22 @@ class LocalFetcher:
             self._open.move_to_end(shard)
             return self._open[shard]
         if len(self._open) >= _OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-        return self._open[shard]
+            self._close_oldest()
+        while True:
+            try:
+                self._open[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._open:
+                    self._close_oldest()
+                    continue
+                # the run's fault, not its samples': a whole shard must not turn into fillers
+                raise LoaderError(
+                    f"shard {self._paths[shard]} cannot be opened any more: {error.strerror}"
+                ) from None
+            return self._open[shard]
+
+    def _close_oldest(self) -> None:
+        os.close(self._open.popitem(last=False)[1])
 
 
 def _runs(

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 
 from shardify.errors import ImageError, UsageError
@@ -164,6 +164,8 @@ def _decode_by_pillow(data: bytes | bytearray | memoryview) -> Pixels:
             return np.array(image.convert("RGB"))
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError("image-undecodable", "in no format that Pillow knows") from None
     except (Image.DecompressionBombError, MemoryError) as error:
         raise ImageError("image-too-large", str(error) or "out of memory") from None
     except Exception as error:  # noqa: BLE001 - damage makes Pillow raise nearly anything: SyntaxError, ...

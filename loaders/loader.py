@@ -20,6 +20,7 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader
 
+from loaders.arguments import integer
 from loaders.batch import Batch
 from loaders.batching import FILLER, IntArray, PlainBatches
 from loaders.build import BatchBuilder, BatchPlan, Built, ImageFit, Text, start_worker
@@ -49,9 +50,13 @@ class _Pending:
 class _Run:
     """Workers at work, from one state on. Never taken up again after a fault: its slabs may still be written to."""
 
-    built: Iterator[Built]
+    built: Iterator[Built | LoaderError]
     pending: deque[_Pending]  # of the batches on their way, in order
     slabs: SlabPool
+    process: int  # that started it
+
+
+_foreign_runs: list[_Run] = []
 
 
 class StreamingLoader:
@@ -102,19 +107,19 @@ class StreamingLoader:
         window: int = 8,
     ) -> None:
         self.rank, self.world_size = _place(rank, world_size)
-        for name, value, least in (("num_workers", num_workers, 0), ("prefetch", prefetch, 1)):
-            if value < least:
-                raise UsageError(f"{name}={value}: at least {least} is needed")
+        self._num_workers = integer("num_workers", num_workers, least=0)
+        self._prefetch = integer("prefetch", prefetch, least=1)
         if batch_size is not None and global_batch_size is None:
-            global_batch_size = batch_size * self.world_size
+            global_batch_size = integer("batch_size", batch_size, least=1) * self.world_size
         elif batch_size is not None or global_batch_size is None:
             raise UsageError("batch_size (per rank) or global_batch_size is needed, and not both")
         self._shards = open_shards(shards)
         self._image, self._text = image, text
-        self._seed, self._shuffle, self._block, self._window = seed, shuffle, block, window
+        self._seed, self._shuffle = integer("seed", seed), shuffle
+        self._block, self._window = integer("block", block), integer("window", window)
         self._batches = PlainBatches(
             length=len(self._shards.index),
-            global_batch_size=global_batch_size,
+            global_batch_size=integer("global_batch_size", global_batch_size, least=1),
             rank=self.rank,
             world_size=self.world_size,
             drop_last=drop_last,
@@ -124,10 +129,9 @@ class StreamingLoader:
                 f"{len(self._shards.index)} samples for {self.world_size} ranks: some ranks see fillers alone",
                 stacklevel=2,
             )
-        self._num_workers, self._prefetch = num_workers, prefetch
         self._report = LoaderReport()
         self._run: _Run | None = None
-        lanes = default_lanes(self.world_size) if lanes is None else lanes
+        lanes = default_lanes(self.world_size) if lanes is None else integer("lanes", lanes)
         self._order, self._state = self._take_up(lanes, epoch=0, start=0)
 
     @property
@@ -145,11 +149,9 @@ class StreamingLoader:
         if not len(self):
             self._state = _state_at(self._state, self.epoch + 1, 0, 0)
             return
-        ends_epoch = False
-        while not ends_epoch:
-            batch, ends_epoch = self._next_batch()
-            self._state = batch.state
-            yield batch
+        epoch = self.epoch
+        while self.epoch == epoch:  # also when another iterator, or a loaded state, went on to the next one
+            yield self._next_batch()
 
     def state_dict(self) -> State:
         """The state after the last batch handed out, as that batch's `state`: a JSON-able dict, equal on all ranks."""
@@ -171,9 +173,15 @@ class StreamingLoader:
         """What went wrong or was odd in the batches handed out so far, on this rank."""
         return copy.deepcopy(self._report)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_run": None}  # a copy starts workers of its own
+
     def close(self) -> None:
         """End the workers. The next ``for`` starts others; batches in the user's hands stay valid."""
         run, self._run = self._run, None
+        if run is not None and run.process != os.getpid():
+            _foreign_runs.append(run)  # a copy that fork made: ending it here would end the parent's workers
+            return
         # not left to the iterator's end: a traceback may hold on to it, and collected as garbage it waits 5 s for each worker
         if run is not None and self._num_workers:
             run.built._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001 - torch has no public call
@@ -199,13 +207,23 @@ class StreamingLoader:
         )
         return order, state
 
-    def _next_batch(self) -> tuple[Batch, bool]:
-        if self._run is None:
+    def _next_batch(self) -> Batch:
+        if self._run is None or self._run.process != os.getpid():
+            self.close()
             self._run = self._start()
         try:
             built = next(self._run.built)
+            if isinstance(built, LoaderError):
+                raise built  # noqa: TRY301 - what is caught below closes the run first
             pending = self._run.pending.popleft()
             batch = self._collate(built, pending, self._run.slabs)
+            self._report.add(
+                samples=int(batch.valid.sum()),
+                faults=built.faults,
+                notes=built.notes,
+                overflowed=pending.overflowed,
+            )
+            self._state = pending.state
         except BaseException as error:
             # plans and batches may be out of step now: the next `for` plans anew from the last batch handed out
             self.close()
@@ -216,13 +234,7 @@ class StreamingLoader:
             raise LoaderError(
                 f"{str(lost).strip(' .')}. Was memory short? Try fewer workers, a smaller batch, or num_workers=0."
             ) from error
-        self._report.add(
-            samples=int(batch.valid.sum()),
-            faults=built.faults,
-            notes=built.notes,
-            overflowed=pending.overflowed,
-        )
-        return batch, pending.ends_epoch
+        return batch
 
     def _start(self) -> _Run:
         """Workers at work from the current state on."""
@@ -242,7 +254,7 @@ class StreamingLoader:
                 "prefetch_factor": self._prefetch,
                 "worker_init_fn": partial(start_worker, parent=os.getpid()),
             }
-        built: Iterator[Built] = iter(
+        built: Iterator[Built | LoaderError] = iter(
             DataLoader(
                 builder,  # type: ignore[arg-type]  # a data set whose keys are plans
                 sampler=planner,
@@ -254,7 +266,7 @@ class StreamingLoader:
             )
         )
         slabs.pin()
-        return _Run(built, pending, slabs)
+        return _Run(built, pending, slabs, os.getpid())
 
     def _images_per_slab(self) -> int:
         """Enough for a batch of ordinary size; those with more images overflow."""
@@ -295,7 +307,7 @@ class StreamingLoader:
             attention_mask=attention_mask,
             images=images,
             image_samples=torch.tensor(built.image_samples, dtype=torch.int64),
-            state=pending.state,
+            state=copy.deepcopy(pending.state),
             faults=tuple(built.faults),
             _copied=copied,
         )
@@ -362,7 +374,7 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
             f"rank={rank}, world_size={world_size}: give both, or none to take torch.distributed's"
         )
     if rank is not None and world_size is not None:
-        return rank, world_size
+        return integer("rank", rank), integer("world_size", world_size)
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1

@@ -23,6 +23,7 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from loaders.arguments import integer
 from shardify.errors import UsageError
 from shardify.permute import key_of, keys_of, permute, unpermute
 
@@ -33,6 +34,9 @@ ORDER_VERSION = 1
 """Changes whenever the same settings would give another order; a state names the version it was made under."""
 
 DEFAULT_LANES = 64
+MAX_LANES = 1 << 20
+MAX_MIXED = 1 << 30
+"""Neighbours in a block, and pieces in a window."""
 
 # what a key is for, so that no two uses share one
 _FULL, _DEAL, _PIECES, _MIX = range(4)
@@ -67,14 +71,10 @@ def make_order(
     Raises:
         UsageError: an argument outside these bounds.
     """
-    for name, value, least in (
-        ("length", length, 0),
-        ("lanes", lanes, 1),
-        ("block", block, 1),
-        ("window", window, 1),
-    ):
-        if value < least:
-            raise UsageError(f"{name}={value}: at least {least} is needed")
+    integer("length", length, least=0)
+    integer("lanes", lanes, least=1, most=MAX_LANES)
+    integer("block", block, least=1, most=MAX_MIXED)
+    integer("window", window, least=1, most=MAX_MIXED)
     if shuffle is None:
         return SequentialOrder(length)
     if shuffle == "full":

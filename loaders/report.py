@@ -23,7 +23,7 @@ class LoaderReport:
         faults: samples that became fillers, by reason code.
         notes: odd texts that were kept, by code (`loaders.text.TextResult.notes`).
         listed: the first `MAX_FAULTS` faults.
-        overflowed: batches whose pixels lay in ordinary memory because all slabs were in use.
+        overflowed: batches whose pixels lay in ordinary memory since all slabs were in use, or it needed more than one.
     """
 
     batches: int = 0

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from loaders.order import ORDER_VERSION
+from loaders.order import MAX_LANES, ORDER_VERSION
 from shardify.errors import StateError
 
 STATE_VERSION = 1
@@ -100,12 +100,14 @@ def check_state(state: Any, current: State, *, length: int) -> None:
         differences.append(
             f"it was made over {there}; here are {here}"
             if there != here
-            else f"it was made over other shards (as many, of other content): {there}"
+            else f"it was made over other shards, or another order of them (as many of both): {there}"
         )
     if differences:
         raise StateError(f"this state does not continue here: {'; '.join(differences)}")
     if not (
-        0 <= state["start"] <= state["position"] <= length and state["epoch"] >= 0 and state["lanes"] >= 1
+        0 <= state["start"] <= state["position"] <= length
+        and state["epoch"] >= 0
+        and 1 <= state["lanes"] <= MAX_LANES
     ):
         raise StateError(
             f"not a state of {length} positions: epoch {state['epoch']}, position {state['position']}, start {state['start']},"

@@ -15,6 +15,17 @@ IMAGE_TOKEN = -200
 
 Labels = Literal["reference", "spans"]
 
+_UNLIMITED = 2**62
+_PROBE = {
+    "image": "any",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A bus."},
+        {"from": "human", "value": "And here?"},
+        {"from": "gpt", "value": "Another one."},
+    ],
+}
+
 
 @dataclass(frozen=True, slots=True)
 class TextResult:
@@ -79,7 +90,7 @@ class LlavaText:
             raise UsageError(f"{type(tokenizer).__name__} has no end token (eos_token_id)")
         self.tokenizer = tokenizer
         self.template = TEMPLATES[template]
-        self.max_length = max_length
+        self.max_length = _UNLIMITED  # for the probe below
         self.eos_token_id = tokenizer.eos_token_id
         candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
         self.pad_token_id = next(token for token in candidates if token is not None)
@@ -94,6 +105,14 @@ class LlavaText:
         self.labels: Labels = labels or (
             "reference" if like_llama or self.template.masking is None else "spans"
         )
+        # the arithmetic also fails where padding is the end token, or blanks are put elsewhere than Llama's tokenizer puts them
+        if (
+            labels is None
+            and self.template.masking is not None
+            and "tokenization-mismatch" in self(_PROBE).notes
+        ):
+            self.labels = "spans"
+        self.max_length = max_length
 
     def __call__(self, record: bytes | memoryview | Mapping[str, Any]) -> TextResult:
         """The tokens and labels of one record.

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from loaders import fetch
 from loaders.fetch import LocalFetcher
-from shardify.errors import SampleError
+from shardify.errors import LoaderError, SampleError
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +73,18 @@ def test_a_fault_is_one_samples(shards, monkeypatch):
         return pread(file, size, at)
 
     monkeypatch.setattr(fetch.os, "pread", failing)
-    spans = [(0, 3000, 10), (0, 9990, 20), (0, 2990, 10), (3, 0, 10), (0, 20_000, 5), (0, 3010, 10)]
-    fetcher = LocalFetcher([*paths[:3], paths[3] + ".gone"])
-    got = dict(read(fetcher, spans))
-    assert (bytes(got[2]), bytes(got[5])) == (contents[0][2990:3000], contents[0][3010:3020])
+    spans = [(0, 3000, 10), (0, 9990, 20), (0, 2990, 10), (0, 20_000, 5), (0, 3010, 10)]
+    got = dict(read(LocalFetcher(paths), spans))
+    assert (bytes(got[2]), bytes(got[4])) == (contents[0][2990:3000], contents[0][3010:3020])
     faults = {number: result for number, result in got.items() if isinstance(result, SampleError)}
     assert {fault.code for fault in faults.values()} == {"shard-read-error"}
     assert faults[0].detail == "Input/output error"
     assert faults[1].detail == "the shard ends before byte 10010"
-    assert faults[3].detail == "No such file or directory"
-    assert faults[4].detail == "the shard ends before byte 20005"
+    assert faults[3].detail == "the shard ends before byte 20005"
 
 
-def test_few_files_are_open(tmp_path):
+def test_few_files_are_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "_OPEN_FILES", 64)
     paths = [str(tmp_path / f"{number}.tar") for number in range(200)]
     for number, path in enumerate(paths):
         with open(path, "wb") as file:
@@ -95,3 +95,31 @@ def test_few_files_are_open(tmp_path):
         got = dict(read(fetcher, [(number, 0, 10) for number in range(200)]))
         assert all(bytes(data) == bytes([number]) * 10 for number, data in got.items())
         assert len(os.listdir("/proc/self/fd")) - before <= 64
+
+
+def test_a_shard_that_cannot_be_opened_is_the_runs_fault(shards):
+    paths, _ = shards
+    with pytest.raises(LoaderError, match=r"\.gone cannot be opened"):
+        dict(read(LocalFetcher([paths[0] + ".gone"]), [(0, 0, 10)]))
+
+
+def test_a_process_out_of_descriptors_closes_some(shards):
+    paths, contents = shards
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fetcher = LocalFetcher(paths)
+    assert len(dict(read(fetcher, [(0, 0, 10)]))) == 1
+    taken = len(os.listdir("/proc/self/fd"))
+    try:
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        fill = [os.open(os.devnull, os.O_RDONLY) for _ in range(highest + 1 - taken)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limit[1]))
+        got = dict(read(fetcher, [(1, 0, 10), (2, 5, 10), (1, 20, 10)]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        for file in fill:
+            os.close(file)
+    assert {number: bytes(span) for number, span in got.items()} == {
+        0: contents[1][:10],
+        1: contents[2][5:15],
+        2: contents[1][20:30],
+    }

@@ -1,17 +1,21 @@
 """StreamingLoader with real processes: exact covers, resumption, slabs, and what goes wrong."""
 
+import copy
 import gc
 import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +23,7 @@ from hypothesis import strategies as st
 from torch import distributed
 
 from loaders import ImageTransform, LlavaText, StreamingLoader
+from loaders.report import LoaderReport
 from loaders.text import IMAGE_TOKEN, ByteTokenizer
 from shardify.errors import LoaderError, ShardifyError, StateError, UsageError
 
@@ -228,8 +233,8 @@ def test_held_batches_never_change_and_never_block(plain_data, workers):
     for batch in loader:
         check_contents(batch)
     assert loader.report().overflowed >= 3 * 13 - 8
-    for batch, copy in zip(held, copies, strict=True):
-        assert torch.equal(batch.images, copy)
+    for batch, copied in zip(held, copies, strict=True):
+        assert torch.equal(batch.images, copied)
         check_contents(batch)
     tail = [batch.images[:2] for batch in held]  # a view keeps a slab as well
     del held, batch
@@ -372,16 +377,89 @@ def test_odd_texts_are_noted(tmp_path, made):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_shards_that_change_after_opening(tmp_path, made, workers):
-    data = made.write(tmp_path, [made.ordinary(i) for i in range(40)], shards=4)
+    data = made.write(tmp_path, [made.ordinary(i) for i in range(30)], shards=3)
     loader = make(data, batch_size=10, shuffle=None, num_workers=workers)
     os.truncate(data / "001.tar", 5000)  # two samples and a piece
-    (data / "002.tar").unlink()
-    with open(data / "003.tar", "r+b") as file:
+    with open(data / "002.tar", "r+b") as file:
         file.write(bytes(512))  # the first header
     batches = list(loader)
-    assert [int(batch.valid.sum()) for batch in batches] == [10, 2, 0, 9]
-    assert dict(loader.report().faults) == {"shard-read-error": 18, "index-mismatch": 1}
+    assert [int(batch.valid.sum()) for batch in batches] == [10, 2, 9]
+    assert dict(loader.report().faults) == {"shard-read-error": 8, "index-mismatch": 1}
     assert numbers(batches)[:12] == list(range(12))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_gone_ends_the_run(tmp_path, made, workers):
+    data = made.write(tmp_path, [made.ordinary(i) for i in range(40)], shards=4)
+    loader = make(data, batch_size=10, shuffle=None, num_workers=workers)
+    (data / "002.tar").unlink()
+    seen = []
+    with pytest.raises(LoaderError, match=r"002\.tar cannot be opened any more: No such file") as caught:
+        seen.extend(loader)
+    assert "Traceback" not in str(caught.value)
+    assert loader.state_dict()["position"] == 20
+
+
+def test_an_iterator_ends_with_its_epoch(plain_data):
+    loader = make(plain_data)
+    outer = 0
+    for _ in loader:
+        outer += 1
+        assert len(list(loader)) == 12
+    assert (outer, loader.epoch) == (1, 1)
+    assert sum(len(pair) for pair in zip(loader, loader, strict=False)) == 12
+    assert loader.epoch == 2
+
+
+def test_what_a_user_does_to_a_batchs_state_stays_there(plain_data):
+    loader = make(plain_data)
+    for batch in loader:
+        batch.state["fingerprint"]["digest"] = batch.state["settings"]["block"] = batch.state["position"] = (
+            "gone"
+        )
+    assert loader.epoch == 1
+    make(plain_data).load_state_dict(loader.state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_interrupt_while_a_batch_is_reported_loses_nothing(plain_data, monkeypatch, workers):
+    loader = make(plain_data, num_workers=workers)
+    seen = [next(iter(loader))]
+    add = LoaderReport.add
+    with monkeypatch.context() as patch:
+        patch.setattr(LoaderReport, "add", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            next(iter(loader))
+    assert LoaderReport.add is add
+    seen += list(loader)
+    assert sorted(numbers(seen)) == list(range(103))
+
+
+def test_batches_and_loaders_can_be_copied(plain_data):
+    loader = make(plain_data)
+    batch = next(iter(loader))
+    for copied in (copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
+        assert copied.keys == batch.keys
+        assert copied.state == batch.state
+        assert torch.equal(copied.images, batch.images)
+        assert copied.images.data_ptr() != batch.images.data_ptr()
+    twin = copy.copy(loader)
+    assert numbers(twin) == numbers(loader)
+
+
+def test_a_forked_copy_leaves_the_parents_workers_alone(plain_data):
+    loader = make(plain_data, num_workers=1)
+    seen = [next(iter(loader))]
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = int(sorted(numbers(list(loader)) + numbers(seen)) != list(range(103)))
+            loader.close()
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert sorted(numbers(seen + list(loader))) == list(range(103))
 
 
 @pytest.mark.parametrize(
@@ -397,6 +475,13 @@ def test_shards_that_change_after_opening(tmp_path, made, workers):
         ({"batch_size": 4, "rank": 1}, "rank=1"),
         ({"batch_size": 4, "rank": 2, "world_size": 2}, "rank=2"),
         ({"batch_size": 4, "shuffle": "random"}, "'random'"),
+        ({"batch_size": "8"}, "batch_size='8'"),
+        ({"batch_size": 8.0}, "batch_size=8.0"),
+        ({"batch_size": True}, "batch_size=True"),
+        ({"batch_size": 4, "seed": 1.5}, "seed=1.5"),
+        ({"batch_size": 4, "seed": None}, "seed=None"),
+        ({"batch_size": 4, "block": 2.5}, "block=2.5"),
+        ({"batch_size": 4, "lanes": 10**11}, "lanes=100000000000"),
     ],
 )
 def test_wrong_arguments_are_named(plain_data, options, named):
@@ -423,12 +508,11 @@ def test_the_users_random_numbers_stay_as_they_are(plain_data):
 
 
 def children():
-    own = os.getpid()
-    return {
-        int(pid)
-        for task in os.listdir(f"/proc/{own}/task")
-        for pid in Path(f"/proc/{own}/task/{task}/children").read_text().split()
-    }
+    pids = set()
+    for task in Path(f"/proc/{os.getpid()}/task").iterdir():
+        with suppress(FileNotFoundError):  # a thread that ended meanwhile
+            pids |= set(map(int, (task / "children").read_text().split()))
+    return pids
 
 
 def wait_until(condition, seconds=10):
@@ -576,3 +660,16 @@ def test_epochs_and_restarts_leave_no_files_threads_or_memory_behind(plain_data)
     gc.collect()
     assert counts()[2] == running[2] - 2
     assert pool() is None
+
+
+def test_numpys_integers_are_integers(plain_data):
+    options = {"batch_size": np.int64(8), "seed": np.int64(3), "num_workers": np.int32(0)}
+    loader = make(plain_data, **options)
+    batch = next(iter(loader))
+    assert json.loads(json.dumps(batch.state)) == batch.state
+
+
+def test_a_state_of_absurd_lanes_is_refused(plain_data):
+    state = make(plain_data).state_dict() | {"lanes": 10**11}
+    with pytest.raises(StateError, match="lanes 100000000000"):
+        make(plain_data).load_state_dict(state)

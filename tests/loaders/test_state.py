@@ -61,7 +61,7 @@ def test_what_may_change_does():
         ),
         (
             {"fingerprint": {"shards": 4, "samples": LENGTH, "digest": "cd"}},
-            "other shards .as many, of other content.: 4 shards of 1000",
+            "other shards, or another order of them .as many of both.: 4 shards of 1000",
         ),
         ({"fingerprint": {}}, "None shards"),
         ({"position": 1001}, "not a state of 1000 positions"),

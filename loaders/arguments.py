@@ -1,0 +1,23 @@
+"""Checking arguments: one place, the value in the message."""
+
+import operator
+from typing import Any
+
+from shardify.errors import UsageError
+
+
+def integer(name: str, value: Any, *, least: int | None = None, most: int = 2**62) -> int:
+    """`value` as a plain int; numpy's integers count, booleans and floats do not.
+
+    Raises:
+        UsageError: it is no integer, or not in [least, most].
+    """
+    try:
+        number = operator.index(value if not isinstance(value, bool) else None)  # type: ignore[arg-type]
+    except TypeError:
+        raise UsageError(f"{name}={value!r}: an integer is needed") from None
+    if least is not None and number < least:
+        raise UsageError(f"{name}={value}: at least {least} is needed")
+    if number > most:
+        raise UsageError(f"{name}={value}: at most {most} is possible")
+    return number
