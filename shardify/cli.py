@@ -1,8 +1,11 @@
 """The command line: every command is one call into the package.
 
-Exit status: 0 done, 1 the data or the run failed, 2 wrong usage, 130 interrupted.
+Exit status: 0 done, 1 the data or the run failed, 2 wrong usage, 130 interrupted by Ctrl-C, 143 terminated by SIGTERM (as batch systems
+do). Both end a command cleanly; of a pack, finished shards stay and the same command again continues.
 """
 
+import os
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +17,12 @@ from typer.core import TyperGroup
 from shardify._version import __version__
 from shardify.errors import ShardifyError, UsageError
 
-_EXIT_INTERRUPTED = 130
+_EXIT_INTERRUPTED = 128 + signal.SIGINT
+_EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
 
 
 class _Commands(TyperGroup):
@@ -31,6 +39,9 @@ class _Commands(TyperGroup):
             kind = "usage error" if isinstance(error, UsageError) else "error"
             print(f"shardify: {kind}: {error}", file=sys.stderr)
             sys.exit(error.exit_status)
+        except _Terminated:
+            print("\nshardify: terminated", file=sys.stderr)
+            sys.exit(_EXIT_TERMINATED)
         except KeyboardInterrupt:
             print("\nshardify: interrupted", file=sys.stderr)
             sys.exit(_EXIT_INTERRUPTED)
@@ -42,6 +53,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # "[...]" in a help text means itself
 )
 
 
@@ -88,7 +100,7 @@ def demo(
 def pack(
     *,
     records: Annotated[
-        list[Path], typer.Argument(metavar="RECORDS...", help="LLaVA JSON arrays or JSONL files")
+        list[Path], typer.Argument(metavar="RECORDS", help="LLaVA JSON arrays or JSONL files")
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="where the shards go")],
     images: Annotated[
@@ -120,7 +132,9 @@ def pack(
     ] = "1%",
     workers: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="processes; the output does not depend on it [default: cores]"),
+        typer.Option(
+            min=1, metavar="N", help="processes; the output does not depend on it", show_default="cores"
+        ),
     ] = None,
 ) -> None:
     """Pack records and images into shards with index, manifest and quarantine.
@@ -160,7 +174,7 @@ def index(shards: ShardsArgument) -> None:
 def verify(
     shards: ShardsArgument,
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="processes [default: cores]")
+        int | None, typer.Option(min=1, metavar="N", help="processes", show_default="cores")
     ] = None,
 ) -> None:
     """Read everything again and name whatever differs; exit status 1 if anything does."""
@@ -180,8 +194,21 @@ def info(
     print_info(shards, as_json=as_json)
 
 
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _fill_closed_streams() -> None:
+    """After `2>&-` or the like, the file opened next would get the stream's number, and the messages meant for it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the end
+
+
 def main() -> None:
     """The console script."""
+    _fill_closed_streams()
+    signal.signal(signal.SIGTERM, _terminate)
     # wherever it stands: people add it behind the command that failed
     _Commands.debug = "--debug" in sys.argv
     app([argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="shardify")

@@ -200,14 +200,17 @@ def _require_images(survey: Survey, stores: Sequence[ImageStore]) -> None:
     if not len(survey.images) or (survey.images["store"] >= 0).any():
         return
     searched = (
-        "Searched: " + ", ".join(f"{store.kind} {store.path}" for store in stores)
-        if stores
-        else "No --images was given"
+        "Searched: " + ", ".join(_described(store) for store in stores) if stores else "No --images was given"
     )
     raise SourceError(
         f"none of the {len(survey.images):,} images that the records name was found. {searched}. First looked for: "
         f"{', '.join(survey.looked_for) or '(no usable path)'}. --images is the folder or zip in which these paths begin"
     )
+
+
+def _described(store: ImageStore) -> str:
+    holds = f" (holds {', '.join(store.examples)}, ...)" if store.examples else ""
+    return f"{store.kind} {store.path}{holds}"
 
 
 def _require_good(options: PackOptions, survey: Survey, context: PackContext) -> None:

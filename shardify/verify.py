@@ -6,7 +6,6 @@ checked all the same. What holds between the files of a data set is checked afte
 
 import multiprocessing
 import os
-import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import pyarrow as pa
 import xxhash
 from tqdm import tqdm
 
+from shardify.engines.local import start_worker
 from shardify.errors import FormatError, ImageError, RecordError
 from shardify.format.hashing import hash_file
 from shardify.format.index import index_rows, read_index
@@ -241,7 +241,7 @@ def _check_all(tasks: Sequence[_Task], workers: int) -> Iterator[_Report]:
                 number, task = waiting.popleft()
                 here, there = method.Pipe(duplex=False)
                 process = method.Process(target=_check_and_send, args=(there, task), daemon=True)
-                process.start()
+                start_worker(process)
                 there.close()
                 running[here] = number, process
             for connection in wait(list(running)):
@@ -253,13 +253,12 @@ def _check_all(tasks: Sequence[_Task], workers: int) -> Iterator[_Report]:
                 following += 1
     finally:
         for connection, (_, process) in running.items():
-            process.terminate()
+            process.kill()
             process.join()
             connection.close()
 
 
 def _check_and_send(connection: Connection, task: _Task) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     report = _Report(task.path)
     try:
         _check_shard(task, report)

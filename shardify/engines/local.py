@@ -53,7 +53,7 @@ def run_shards(
         for task in waiting:
             here, there = method.Pipe()
             process = method.Process(target=_work, args=(there, context, os.getpid()), daemon=True)
-            process.start()
+            start_worker(process)
             there.close()
             pool[here] = process
             busy[here] = _send(here, task)
@@ -76,6 +76,19 @@ def run_shards(
         for connection, process in pool.items():
             process.join()
             connection.close()
+
+
+def start_worker(process: ForkProcess) -> None:
+    """Start a process that never sees SIGINT and SIGTERM, which are sent to whole process groups: its parent kills it.
+
+    Blocked here already, they cannot arrive between the fork and the worker's first line, nor be lost in what Python itself
+    runs at a fork.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _send(connection: Connection, task: ShardTask) -> str:
@@ -102,9 +115,6 @@ def _receive(connection: Connection, process: ForkProcess, shard: str) -> ShardR
 
 def _work(connection: Connection, context: PackContext, parent: int) -> None:
     _die_with(parent)
-    # sent to the whole process group, these are the parent's to handle: it ends its workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True:
         try:
             task = connection.recv()
