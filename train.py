@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,7 +38,12 @@ TINY_LEARNING_RATE = 3e-3
 WARM_UP = 0.03  # of all samples; then a cosine down to nothing
 MAX_GRADIENT_NORM = 1.0
 CHECKPOINTS_KEPT = 2
+CHECKPOINT_PARTS = ("step", "parameters", "optimizer", "loader")
 SECONDS_BETWEEN_LINES = 5.0  # of progress, where there is no terminal for a bar
+
+
+class CheckpointError(ShardifyError):
+    """A checkpoint that cannot be written, read, or continued."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=_positive, default=3, help="passes over the data")
     length.add_argument("--steps", type=_positive, help="steps, instead of --epochs")
-    add("--lr", type=float, help=f"its peak; None: pretrain 1e-3, finetune 2e-5, tiny {TINY_LEARNING_RATE}")
+    add(
+        "--lr",
+        type=_positive_float,
+        help=f"its peak; None: pretrain 1e-3, finetune 2e-5, tiny {TINY_LEARNING_RATE}",
+    )
     add("--max-length", type=_positive, default=2048, help="tokens of a sample, those of its images included")
     add("--checkpoint-dir", type=Path, help="where checkpoints go; the newest one there is continued from")
     add("--save-every", type=_positive, default=500, help="steps between checkpoints")
@@ -84,6 +94,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _positive_float(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
 
 
@@ -199,7 +216,10 @@ def expand(batch: Batch, *, image_token: int, tokens_per_image: int, max_length:
         pad_sequence(list(column), batch_first=True, padding_value=padding)
         for column, padding in zip(zip(*rows, strict=True), (0, IGNORE_INDEX, False), strict=True)
     )
-    labels[input_ids == IMAGE_TOKEN] = IGNORE_INDEX
+    # where a text without image says "<image>", a tokenizer that has this token writes it; the model would look for an image
+    written = input_ids == image_token
+    labels[written | (input_ids == IMAGE_TOKEN)] = IGNORE_INDEX
+    input_ids[written] = 0
     input_ids[input_ids == IMAGE_TOKEN] = image_token
     length = int(attention_mask.any(0).nonzero().max()) + 1  # rows that grew may not have been the longest
     return Inputs(
@@ -241,19 +261,40 @@ def samples_seen(state: dict[str, Any]) -> int:
     return int(state["epoch"] * state["fingerprint"]["samples"] + state["position"])
 
 
+def require_writable(folder: Path, option: str) -> None:
+    """Make a folder that is written to later, or say now that it cannot be.
+
+    Raises:
+        UsageError: it is no folder, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option} {folder}: cannot be written to: {error.strerror}") from error
+
+
 def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint, whole or, when killed meanwhile, not at all; drop the oldest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "unfinished.tmp").open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(file.name, folder / f"step-{content['step']:09d}.pt")
-    directory = os.open(folder, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
-    for old in sorted(folder.glob("step-*.pt"))[:-CHECKPOINTS_KEPT]:
-        old.unlink()
+    """Write a checkpoint, whole or, when killed meanwhile, not at all; drop the oldest.
+
+    Raises:
+        CheckpointError: it cannot be written, the disk being full, say.
+    """
+    path = folder / f"step-{content['step']:09d}.pt"
+    try:
+        with (folder / "unfinished.tmp").open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(file.name, path)
+        directory = os.open(folder, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+        for old in sorted(folder.glob("step-*.pt"))[:-CHECKPOINTS_KEPT]:
+            old.unlink()
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def load_checkpoint(folder: Path, identity: dict[str, str]) -> dict[str, Any] | None:
@@ -263,13 +304,36 @@ def load_checkpoint(folder: Path, identity: dict[str, str]) -> dict[str, Any] | 
         return None
     try:
         content: dict[str, Any] = torch.load(newest, map_location="cpu", weights_only=True)
+        missing = [name for name in (*identity, *CHECKPOINT_PARTS) if name not in content]
     except Exception as error:
-        raise StateError(f"{newest} cannot be read; without it, the one before is taken: {error}") from error
+        raise CheckpointError(
+            f"{newest} cannot be read ({type(error).__name__}: {error}); delete it to continue from the one before"
+        ) from error
+    if missing:
+        raise CheckpointError(f"{newest} is no checkpoint of train.py: {', '.join(missing)} missing")
     for name, value in identity.items():
-        if content.get(name) != value:
-            found = content.get(name)
-            raise StateError(f"{newest} has --{name} {found}, not {value}; choose another --checkpoint-dir")
+        if content[name] != value:
+            raise CheckpointError(
+                f"{newest} has --{name} {content[name]}, not {value}; choose another --checkpoint-dir"
+            )
     return content
+
+
+def require_agreement(loader: StreamingLoader, step: int) -> None:
+    """All ranks must begin at the same step, over the same shards: else they would repeat data, and wait for each other for ever.
+
+    Raises:
+        StateError: they do not, with what each rank has.
+    """
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (step, len(loader), loader.state_dict()))
+    if any(rank != ranks[0] for rank in ranks):
+        told = "; ".join(
+            f"rank {rank} is at step {at}, with {left} batches left of {state['fingerprint']['samples']} samples"
+            f" in {state['fingerprint']['shards']} shards ({state['fingerprint']['digest'][:8]})"
+            for rank, (at, left, state) in enumerate(ranks)
+        )
+        raise StateError(f"the ranks do not see the same shards and checkpoints: {told}")
 
 
 def write_trace(folder: Path, batch: Batch, inputs: Inputs, **where: int) -> None:
@@ -280,7 +344,6 @@ def write_trace(folder: Path, batch: Batch, inputs: Inputs, **where: int) -> Non
         "keys": [batch.keys[sample] for sample in valid],
         "supervised": inputs.supervised()[valid].tolist(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"rank{dist.get_rank()}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -317,13 +380,23 @@ class Progress:
             self.say(f"step {step}: {seen} of {self._bar.total} samples, loss {loss:.3f}, {self._pace()}")
 
     def close(self, loader: StreamingLoader) -> None:
-        """The summary, with what all ranks' loaders report."""
+        """The summary, with what all ranks' loaders report.
+
+        Raises:
+            UsageError: nothing was trained on.
+        """
         self._bar.close()
         counts: list[Any] = [None] * dist.get_world_size()
         report = loader.report()
         dist.all_gather_object(counts, (report.faults, report.notes))
         tenth = math.ceil(len(self._losses) / 10)
         first, last = (sum(part) / tenth for part in (self._losses[:tenth], self._losses[-tenth:]))
+        if not any(self._losses):
+            reasons: Counter[str] = sum((found for count in counts for found in count), Counter())
+            told = ", ".join(f"{code} {count}" for code, count in reasons.most_common(3))
+            raise UsageError(
+                f"no token of any sample was trained on ({told or 'no answer in the conversations'})"
+            )
         self.say(f"done: {len(self._losses)} steps, {self._seen - self._first} samples, {self._pace()}")
         self.say(f"loss: {first:.3f} in the first tenth of the steps, {last:.3f} in the last")
         for what, found in zip(("left out", "noted"), zip(*counts, strict=True), strict=True):
@@ -343,6 +416,9 @@ class Progress:
 def train(arguments: argparse.Namespace, device: torch.device) -> None:
     """One run of one rank: from the newest checkpoint, if there is one, to the end."""
     stage, folder = STAGES[arguments.stage], arguments.checkpoint_dir
+    for option, path in (("--checkpoint-dir", folder), ("--trace", arguments.trace)):
+        if path:
+            require_writable(path, option)
     config = model_config(arguments.model)
     text, image = preprocessing(arguments.model, config, stage, arguments.max_length)
     loader = StreamingLoader(
@@ -354,7 +430,11 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
         num_workers=arguments.num_workers,
     )
     llava = build_model(arguments.model, config, stage, arguments.seed).to(device)
-    peak = arguments.lr or (TINY_LEARNING_RATE if arguments.model == "tiny" else stage.learning_rate)
+    peak = (
+        arguments.lr
+        if arguments.lr is not None
+        else (TINY_LEARNING_RATE if arguments.model == "tiny" else stage.learning_rate)
+    )
     trained = [parameter for parameter in llava.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.0)
 
@@ -365,6 +445,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         loader.load_state_dict(saved["loader"])
         step = first_step = saved["step"]
+    require_agreement(loader, step)
     state = loader.state_dict()
     seen = samples_seen(state)
     total = arguments.epochs * state["fingerprint"]["samples"]
@@ -382,7 +463,8 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     model = SummedLoss(llava)
     with torch.no_grad():
         tokens_per_image = model.image_features(torch.zeros(1, *image.shape, device=device)).shape[1]
-    ranks = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    device_ids = [device.index] if device.type == "cuda" else None
+    ranks = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     for batch in progress.timed(chain.from_iterable(repeat(loader))):  # epoch after epoch
         step += 1
         inputs = expand(
@@ -441,6 +523,13 @@ def main() -> int:
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if not str(error).startswith(
+            "DataLoader worker"
+        ):  # torch says so wherever the main thread is just then
+            raise
+        print(f"train.py: rank {dist.get_rank()}: {error} Was memory short?", file=sys.stderr, flush=True)
+        return 1
     finally:
         dist.destroy_process_group()
     return 0

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from loaders import Batch, StreamingLoader
 from shardify.convert import PackOptions, pack_dataset
-from shardify.errors import StateError, UsageError
+from shardify.errors import UsageError
 
 
 def _import_script():
@@ -84,6 +84,12 @@ class TestExpand:
         inputs = expand(make_batch([[1, -200, 7, -200, 8]], [0, 0]), max_length=max_length)
         assert inputs.input_ids.tolist() == [tokens]
         assert inputs.images.tolist() == list(range(images))
+
+    def test_an_image_token_that_a_text_writes_is_no_image(self):
+        inputs = expand(make_batch([[1, IMAGE, 8]]))
+        assert inputs.input_ids.tolist() == [[1, 0, 8]]
+        assert inputs.labels.tolist() == [[-100, -100, 8]]
+        assert inputs.attention_mask.all()
 
     def test_image_tokens_in_labels_are_not_trained_on(self):
         batch = make_batch([[1, -200, 7]], [0])
@@ -215,10 +221,14 @@ IDENTITY = {"model": "tiny", "stage": "finetune"}
 
 class TestCheckpoints:
     def save(self, folder, step):
-        train.save_checkpoint(folder, IDENTITY | {"step": step, "parameters": {"a": torch.arange(3)}})
+        train.save_checkpoint(
+            folder,
+            IDENTITY | {"step": step, "parameters": {"a": torch.arange(3)}, "optimizer": {}, "loader": {}},
+        )
 
     def test_the_newest_is_loaded_and_two_are_kept(self, tmp_path):
         folder = tmp_path / "new" / "folder"
+        train.require_writable(folder, "--checkpoint-dir")
         assert train.load_checkpoint(folder, IDENTITY) is None
         for step in (9, 10, 100):
             self.save(folder, step)
@@ -234,7 +244,7 @@ class TestCheckpoints:
 
     def test_another_stage_is_refused(self, tmp_path):
         self.save(tmp_path, 1)
-        with pytest.raises(StateError, match=r"--stage finetune, not pretrain"):
+        with pytest.raises(train.CheckpointError, match=r"--stage finetune, not pretrain"):
             train.load_checkpoint(tmp_path, IDENTITY | {"stage": "pretrain"})
 
     @pytest.mark.parametrize("damage", ["short", "pickle"])
@@ -245,8 +255,31 @@ class TestCheckpoints:
             file.write_bytes(file.read_bytes()[:100])
         else:
             torch.save({"step": Path("/")}, file)  # an object that only code of its own could restore
-        with pytest.raises(StateError, match=r"step-000000001\.pt cannot be read"):
+        with pytest.raises(train.CheckpointError, match=r"step-000000001\.pt cannot be read"):
             train.load_checkpoint(tmp_path, IDENTITY)
+
+    @pytest.mark.parametrize("content", [[1], {"step": 1}, IDENTITY | {"step": 1}])
+    def test_other_content_is_told(self, tmp_path, content):
+        torch.save(content, tmp_path / "step-000000001.pt")
+        with pytest.raises(train.CheckpointError, match=r"step-000000001\.pt is no checkpoint.* parameters"):
+            train.load_checkpoint(tmp_path, IDENTITY)
+
+    def test_a_folder_that_cannot_be_written_to_is_refused_at_once(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(UsageError, match=r"--checkpoint-dir .*file/x: cannot be written to"):
+            train.require_writable(tmp_path / "file" / "x", "--checkpoint-dir")
+
+    def test_a_checkpoint_that_cannot_be_written_is_one_message(self, tmp_path):
+        with pytest.raises(train.CheckpointError, match="cannot be written"):
+            self.save(tmp_path / "gone", 1)
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf", "x"])
+def test_impossible_learning_rates_are_refused(rate, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.parse_arguments(["--shards", "x", "--lr", rate])
+    assert caught.value.code == 2
+    assert "--lr" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

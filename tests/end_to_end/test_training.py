@@ -270,3 +270,44 @@ def test_no_rank_hangs_when_there_are_no_shards(tmp_path):
     assert result.returncode == 1
     assert "train.py: rank " in result.stderr
     assert str(tmp_path / "nowhere") in result.stderr
+
+
+PER_RANK = """
+import os, runpy, sys
+sys.argv = [part.replace("RANK", os.environ["RANK"]) for part in sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_per_rank(tmp_path, *arguments):
+    """Two ranks, in whose arguments RANK stands for the rank: machines that do not share a disk."""
+    script = tmp_path / "per_rank.py"
+    script.write_text(PER_RANK)
+    return run(TRAIN, *arguments, processes=2, script=script)
+
+
+def test_ranks_that_see_other_checkpoints_stop_at_once(mixed, tmp_path):
+    trained("--shards", mixed, "--steps", 1, "--batch-size", 2, "--checkpoint-dir", tmp_path / "0")
+    result = run_per_rank(
+        tmp_path, "--shards", mixed, "--steps", 3, "--batch-size", 2, "--checkpoint-dir", tmp_path / "RANK"
+    )
+    assert result.returncode == 1
+    assert "do not see the same shards and checkpoints: rank 0 is at step 1" in result.stderr
+
+
+def test_ranks_that_see_other_shards_stop_at_once(demo, tmp_path):
+    tars = sorted(demo.glob("*.tar"))
+    for rank, count in enumerate((len(tars), len(tars) - 1)):
+        (tmp_path / str(rank)).mkdir()
+        for tar in tars[:count]:
+            shutil.copy(tar, tmp_path / str(rank))
+    result = run_per_rank(tmp_path, "--shards", tmp_path / "RANK", "--steps", 3, "--batch-size", 2)
+    assert result.returncode == 1
+    assert "do not see the same shards" in result.stderr
+    assert f"in {len(tars)} shards" in result.stderr
+
+
+def test_training_on_nothing_is_no_success(mixed):
+    result = run("--shards", mixed, "--epochs", 1, "--max-length", 3)
+    assert result.returncode == 2
+    assert "no token of any sample was trained on" in result.stderr
