@@ -100,14 +100,19 @@ def check_golden(golden: Path, models: dict[str, Path]) -> int:
     return checked
 
 
-def test_golden_rows_of_a_free_tokenizer(request):
+@pytest.fixture(scope="session")
+def llama_model(request) -> Path:
+    """A SentencePiece model of Llama's kind with a licence that lets anyone have it: Mistral's first."""
     package = importlib.util.find_spec("mistral_common")
     if package is not None and package.origin:
-        model = Path(package.origin).parent / "data" / "tokenizer.model.v1"
-    else:
-        model = request.getfixturevalue("real_data") / "tokenizers" / "mistral_sp" / "tokenizer.model.v1"
+        return Path(package.origin).parent / "data" / "tokenizer.model.v1"
+    folder: Path = request.getfixturevalue("real_data")
+    return folder / "tokenizers" / "mistral_sp" / "tokenizer.model.v1"
+
+
+def test_golden_rows_of_a_free_tokenizer(llama_model):
     golden = Path(__file__).parents[1] / "golden" / "llava_text.json"
-    assert check_golden(golden, {"mistral_v1": model}) == 32
+    assert check_golden(golden, {"mistral_v1": llama_model}) == 32
 
 
 def test_golden_rows_of_all_tokenizers(real_data: Path):
@@ -287,6 +292,20 @@ def byte_level_bpe():
     )
     model.train_from_iterator([" ".join(WORDS)] * 20, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|endoftext|>")
+
+
+def test_where_the_arithmetic_fails_on_an_ordinary_conversation_labels_go_by_spans(llama_model):
+    """Padding with the end token is common; LLaVA's counting takes the end tokens for padding then."""
+    tokenizer = SentencePieceTokenizer(llama_model)
+    assert LlavaText(tokenizer).labels == "reference"
+    tokenizer.pad_token_id = tokenizer.eos_token_id
+    text = LlavaText(tokenizer)
+    assert text.labels == "spans"
+    assert text.max_length == 2048
+    result = text(record("<image>\nWhat is it?", "A bus.", image="a.jpg"))
+    assert result.notes == ()
+    assert result.labels.count(tokenizer.eos_token_id) == 1
+    assert "tokenization-mismatch" in LlavaText(tokenizer, labels="reference")(record("Hi", "Ho")).notes
 
 
 def test_a_tokenizer_without_start_token_has_its_labels_by_spans(byte_level_bpe):
