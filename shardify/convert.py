@@ -8,8 +8,10 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from shardify.errors import PackError, SourceError, UsageError
 from shardify.format import names
 from shardify.format.index import COLUMNS, index_rows, write_index
 from shardify.format.manifest import Counts, Manifest, Shard, Source, encode_manifest
-from shardify.format.sidecar import ShardInfo, read_sidecar
+from shardify.format.sidecar import SetAside, ShardInfo, read_sidecar
 from shardify.images.stores import ImageStore, open_store
 from shardify.outfolder import (
     Promise,
@@ -36,7 +38,7 @@ from shardify.outfolder import (
 from shardify.pack import PackContext, ShardTask, find_faults, finished_shard, sync_folder
 from shardify.plan import Cut, Plan, make_cut, make_plan
 from shardify.progress import Progress
-from shardify.sources.llava import RecordFile, record_names, split_records
+from shardify.sources.llava import RecordFile, open_unchanged, record_names, split_records
 from shardify.survey import Survey, count_codes, survey_records
 
 _EXAMPLES = 3
@@ -97,19 +99,24 @@ def pack_dataset(options: PackOptions) -> None:
     ]
     stores = [open_store(path) for path in options.images]
     promise = Promise(_settings(options, cut), _sources(files, stores))
+    lines = ["is complete: nothing to do"]
     try:
-        if finished_manifest(out, promise) and not os.path.lexists(os.path.join(out, names.WORK_FOLDER)):
-            print(f"{out} is complete: nothing to do")
-            return
-        with claimed(out):
-            if finished_manifest(out, promise) is None:
-                _pack(options, cut, files, stores, promise)
-            else:
-                print(f"{out} is complete: nothing to do")
-            remove_work(out)
+        if finished_manifest(out, promise) is None or os.path.lexists(os.path.join(out, names.WORK_FOLDER)):
+            with claimed(out):
+                if finished_manifest(out, promise) is None:
+                    lines = _pack(options, cut, files, stores, promise)
+                remove_work(out)
     except OSError as error:
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else out
         raise PackError(f"{where}: {error.strerror or error}") from error
+    # all is done and in its place: where nobody can be told, that is no fault of the data set
+    shown = out.encode("utf-8", "backslashreplace").decode()
+    try:
+        print(f"{shown}: " + "\n".join(lines), flush=True)
+    except OSError as error:
+        raise PackError(
+            f"{shown} is complete, but its summary cannot be printed: {error.strerror}"
+        ) from error
 
 
 def allowed_bad(text: str, *, records: int) -> int:
@@ -121,7 +128,7 @@ def allowed_bad(text: str, *, records: int) -> int:
     match = re.fullmatch(r"([0-9]+)|([0-9]+(?:\.[0-9]+)?)\s*%", text.strip())
     if not match or (match[2] and float(match[2]) > 100):
         raise UsageError(f"--max-bad {text}: a count such as 20, or a percentage such as 1%, is needed")
-    return int(match[1]) if match[1] else int(records * float(match[2]) / 100)
+    return int(match[1]) if match[1] else int(records * Fraction(match[2]) / 100)
 
 
 def _settings(options: PackOptions, cut: Cut) -> dict[str, Any]:
@@ -150,7 +157,8 @@ def _pack(
     files: Sequence[RecordFile],
     stores: Sequence[ImageStore],
     promise: Promise,
-) -> None:
+) -> list[str]:
+    """Pack what is not packed yet; returns the summary."""
     out = os.fspath(options.out)
     check_promise(out, promise)
     total = sum(len(file.offsets) for file in files)
@@ -162,7 +170,7 @@ def _pack(
         out=out,
         plan="",
         digits=names.key_digits(total),
-        record_files=tuple((file.path, file.name) for file in files),
+        record_files=tuple((file.path, file.name, file.stamp) for file in files),
         file_starts=tuple(np.cumsum([0, *(len(file.offsets) for file in files)]).tolist()[:-1]),
         readers=tuple(store.reader for store in stores),
         searched=f"not in {', '.join(store.name for store in stores)}"
@@ -181,7 +189,9 @@ def _pack(
 
     shard_names = [names.shard_name(number, plan.shards) for number in range(plan.shards)]
     _pack_shards(options, context, survey, plan, shard_names)
-    _finish(context, promise, total, shard_names)
+    for path, _, stamp in context.record_files:
+        os.close(open_unchanged(path, stamp))
+    return _finish(context, promise, total, shard_names)
 
 
 def _found(survey: Survey, plan: Plan) -> dict[str, Any]:
@@ -220,15 +230,15 @@ def _require_good(options: PackOptions, survey: Survey, context: PackContext) ->
         return
     numbers = np.flatnonzero(survey.records["code"])
     first = find_faults(context, _task(survey, numbers[:_EXAMPLES], "", 0))
-    if options.on_bad == "fail":
+    if options.on_bad == "fail" and first:
         raise PackError(f"{describe(first[0])} (--on-bad fail)")
-    examples = "".join(f"\n  {describe(item)}" for item in first)
+    examples = _examples(first)
     if bad.total() == total:
         raise PackError(f"no record can be packed: {describe_counts(bad)}{examples}")
     if bad.total() > allowed_bad(options.max_bad, records=total):
         raise PackError(
             f"{bad.total():,} of {total:,} records cannot be packed, more than --max-bad {options.max_bad} allows: "
-            f"{describe_counts(bad)}. Nothing was written. The first ones:{examples}"
+            f"{describe_counts(bad)}. No shard was begun. The first ones:{examples}"
         )
 
 
@@ -260,9 +270,11 @@ def _pack_shards(
         bad.subtract(count_codes(survey.records[numbers_of(shard)]))
         bad.update(set_aside)
         if bad.total() > limit:
+            info = finished_shard(context.out, shard_names[shard], context.plan)
             raise PackError(
                 f"{bad.total():,} of {total:,} records cannot be packed, more than --max-bad {options.max_bad} allows: "
-                f"{describe_counts(+bad)}. The same command with a higher --max-bad continues"
+                f"{describe_counts(+bad)}. The same command with a higher --max-bad continues; or remove {context.out}, mend the"
+                f" records and pack anew. The last ones:{_examples(info.set_aside if info else ())}"
             )
 
     todo = []
@@ -296,8 +308,8 @@ def _pack_shards(
         raise
 
 
-def _finish(context: PackContext, promise: Promise, total: int, shard_names: Sequence[str]) -> None:
-    """Index, quarantine and manifest, each complete before it has its name, the manifest last."""
+def _finish(context: PackContext, promise: Promise, total: int, shard_names: Sequence[str]) -> list[str]:
+    """Index, quarantine and manifest, each complete before it has its name, the manifest last; returns the summary."""
     out = context.out
     infos: list[ShardInfo] = []
     shards: list[Shard] = []
@@ -315,25 +327,36 @@ def _finish(context: PackContext, promise: Promise, total: int, shard_names: Seq
         rows.append(index_rows(table, info, number))
         shards.append(Shard(tar, names.sidecar_name(tar), table.num_rows, info.bytes, info.xxh3_128, digest))
     counts = reconcile(total, sum(shard.samples for shard in shards), infos)
+    if not counts.packed:
+        examples = _examples(item for info in infos for item in info.set_aside)
+        raise PackError(f"no record could be packed: {describe_counts(counts.set_aside)}{examples}")
 
     work = os.path.join(out, names.WORK_FOLDER)
     index = os.path.join(work, names.INDEX)
     write_index(index, rows)
     digest = xxhash.xxh3_128_hexdigest(Path(index).read_bytes())
-    write_quarantine(os.path.join(work, names.QUARANTINE), infos, [name for _, name in context.record_files])
+    write_quarantine(
+        os.path.join(work, names.QUARANTINE), infos, [name for _, name, _ in context.record_files]
+    )
     manifest = Manifest(promise.format_version, promise.settings, promise.sources, shards, digest, counts)
     write_durably(os.path.join(work, names.MANIFEST), encode_manifest(manifest))
     for name in (names.INDEX, names.QUARANTINE, names.MANIFEST):
         os.rename(os.path.join(work, name), os.path.join(out, name))
         sync_folder(out)
-    _summarise(out, shards, counts)
+    return _summary(shards, counts)
 
 
-def _summarise(out: str, shards: Sequence[Shard], counts: Counts) -> None:
+def _summary(shards: Sequence[Shard], counts: Counts) -> list[str]:
     size = sum(shard.bytes for shard in shards)
     aside = sum(counts.set_aside.values())
-    reasons = f" ({describe_counts(counts.set_aside)}; see {out}/{names.QUARANTINE})" if aside else ""
-    print(f"{out}: {len(shards)} shards, {size / 1e6:,.1f} MB")
-    print(f"{counts.records_in:,} records in = {counts.packed:,} packed + {aside:,} set aside{reasons}")
-    if counts.notes:
-        print(f"kept, but worth knowing: {describe_counts(counts.notes)}")
+    reasons = f" ({describe_counts(counts.set_aside)}; see {names.QUARANTINE})" if aside else ""
+    lines = [
+        f"{len(shards)} shards, {size / 1e6:,.1f} MB",
+        f"{counts.records_in:,} records in = {counts.packed:,} packed + {aside:,} set aside{reasons}",
+    ]
+    return lines + ([f"kept, but worth knowing: {describe_counts(counts.notes)}"] if counts.notes else [])
+
+
+def _examples(items: Iterable[SetAside]) -> str:
+    """The first few records set aside, a line each."""
+    return "".join(f"\n  {describe(item)}" for item in islice(items, _EXAMPLES))

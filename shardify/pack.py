@@ -20,11 +20,13 @@ import numpy.typing as npt
 from shardify.audit import describe
 from shardify.errors import FormatError, ImageError, PackError, RecordError, SampleError
 from shardify.format import names
+from shardify.format.index import MAX_IMAGES, MAX_SIZE
 from shardify.format.sidecar import ImageInfo, SampleRow, SetAside, ShardInfo, read_shard_info, write_sidecar
 from shardify.format.tar import ShardWriter, sample_span
 from shardify.images.probe import ImageHeader, probe, same_format
 from shardify.images.stores import MISSING, ImageReader, Location
-from shardify.records import MAX_RECORD_BYTES, Sample, load_record, parse_record
+from shardify.records import MAX_RECORD_BYTES, NO_ID, Sample, load_record, parse_record
+from shardify.sources.llava import Stamp, open_unchanged
 
 RECORD_DTYPE = np.dtype(
     [
@@ -39,8 +41,7 @@ RECORD_DTYPE = np.dtype(
 )
 """What is kept of a record between the survey and its packing."""
 
-_MAX_SPAN = 2**32 - 1
-_MAX_IMAGES = 2**16 - 1
+_SHOWN = 300  # characters of a name or detail that are kept of a record set aside
 _REPORT_EVERY = 0.2  # seconds
 
 Report = Callable[[int, int], None]
@@ -55,7 +56,7 @@ class PackContext:
         out: the output folder.
         plan: identifies the plan; written into every sidecar.
         digits: of a key.
-        record_files: path and name of each record file.
+        record_files: path, name and stamp of each record file.
         file_starts: the number of each file's first record among all records.
         readers: one for each image store.
         searched: why an image is missing: the stores that do not hold it.
@@ -65,7 +66,7 @@ class PackContext:
     out: str
     plan: str
     digits: int
-    record_files: tuple[tuple[str, str], ...]
+    record_files: tuple[tuple[str, str, Stamp], ...]
     file_starts: tuple[int, ...]
     readers: tuple[ImageReader, ...]
     searched: str
@@ -248,12 +249,13 @@ def _read_records(context: PackContext, task: ShardTask) -> Iterator[tuple[int, 
         for position, number, (offset, length, images, file, repeated) in zip(
             range(task.position, task.position + len(fields)), task.numbers.tolist(), fields, strict=True
         ):
-            path, name = context.record_files[file]
+            path, name, stamp = context.record_files[file]
             if file not in descriptors:
-                descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptors[file] = open_unchanged(path, stamp)
                 stack.callback(os.close, descriptors[file])
-            raw = os.pread(descriptors[file], length, offset)
-            if len(raw) < length:
+            size = min(length, MAX_RECORD_BYTES + 1)  # longer ones are refused by their length
+            raw = os.pread(descriptors[file], size, offset)
+            if len(raw) < size:
                 raise PackError(f"{path}: has become shorter while it was packed")
             yield position, _Record(number - context.file_starts[file], name, images, repeated), raw
 
@@ -296,18 +298,18 @@ def _read_images(
 
 def _check_span(images: list[tuple[bytes, ImageHeader]], raw: bytes) -> None:
     span = sample_span([*(len(data) for data, _ in images), len(raw)])
-    if span > _MAX_SPAN or len(images) > _MAX_IMAGES:
+    if span > MAX_SIZE or len(images) > MAX_IMAGES:
         raise RecordError("sample-too-large", f"{span} bytes, {len(images)} images")
 
 
 def _notes(sample: Sample, images: list[tuple[bytes, ImageHeader]], *, repeated: bool) -> list[str]:
     notes = []
-    if sample.id is None:
+    if sample.id in NO_ID:
         notes.append("id-missing")
     elif repeated:
         notes.append("id-repeated")
     for image, (_, header) in zip(sample.images, images, strict=True):
-        stem, dot, extension = image.path.rpartition(".")
+        stem, dot, extension = image.path.rpartition("/")[2].rpartition(".")
         if stem and dot and not same_format(extension, header.format):
             notes.append("image-extension-differs")
             break
@@ -350,5 +352,7 @@ def _id_of(raw: bytes) -> str | None:
 
 
 def _printable(text: str) -> str:
-    """Lone surrogates, which no UTF-8 file can hold, as escapes."""
+    """Lone surrogates, which no UTF-8 file can hold, as escapes; the start of what is too long to be a name (an image as base64)."""
+    if len(text) > _SHOWN:
+        text = f"{text[:_SHOWN]}... ({len(text)} characters)"
     return text.encode("utf-8", "backslashreplace").decode()

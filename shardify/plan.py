@@ -123,7 +123,8 @@ def make_plan(spans: npt.ArrayLike, *, shuffle: bool, seed: int, cut: Cut) -> Pl
     elif per_shard is not None:
         count = max(1, _divide_up(len(good), per_shard))
     else:
-        count = max(1, _divide_up(total, cut.shard_size or DEFAULT_SHARD_SIZE))
+        # a few large samples do not need more shards than samples
+        count = max(1, min(len(good), _divide_up(total, cut.shard_size or DEFAULT_SHARD_SIZE)))
     rounded = _divide_up(count, cut.multiple_of) * cut.multiple_of
     if rounded > max(1, len(good)):
         asked = (

@@ -15,6 +15,9 @@ import msgspec
 
 from shardify.errors import RecordError
 
+NO_ID = (None, "null")
+"""`Sample.id` of a record without id: it has no such field, or null."""
+
 MAX_RECORD_BYTES = 64 * 1024 * 1024
 """A record larger than this is set aside unread (LLaVA's longest, 275 turns, is under 1 MB)."""
 
@@ -91,7 +94,7 @@ def parse_record(data: bytes | memoryview) -> Sample:
         RecordError: with the reason code; never anything else for any bytes.
     """
     if len(data) > MAX_RECORD_BYTES:
-        raise RecordError("record-too-large", f"{len(data)} bytes; the limit is {MAX_RECORD_BYTES}")
+        raise RecordError("record-too-large", f"more than {MAX_RECORD_BYTES} bytes")
     try:
         str(data, "utf-8")  # msgspec does not look inside texts it need not decode
         record = _decoder.decode(data)
@@ -151,7 +154,7 @@ def sample_of(record: Mapping[str, Any], *, strict: bool = True) -> Sample:
             raise RecordError("bad-turn", f"turn {number} needs the texts 'from' and 'value'")
         parsed.append(Turn(role, value))
     return Sample(
-        id=json.dumps(record["id"], ensure_ascii=True) if "id" in record else None,
+        id=json.dumps(record["id"]) if "id" in record else None,
         images=tuple(map(ImageRef, paths)),
         image_is_list=isinstance(image, list),
         turns=tuple(parsed),

@@ -4,6 +4,8 @@ Of a record only one row of `RECORD_DTYPE` is kept, and one row of `LOCATION_DTY
 """
 
 import mmap
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +15,29 @@ import numpy.typing as npt
 import xxhash
 
 from shardify.audit import REASONS
-from shardify.errors import SampleError
+from shardify.errors import RecordError, SampleError, SourceError
+from shardify.format.index import MAX_IMAGES, MAX_SIZE
 from shardify.format.tar import sample_span
-from shardify.images.stores import LOCATION_DTYPE, MISSING, UNSEEN, ImageStore
+from shardify.images.stores import (
+    LOCATION_DTYPE,
+    MAX_IMAGE_BYTES,
+    MISSING,
+    PLAIN_FILE,
+    READABLE_METHODS,
+    UNSEEN,
+    ImageStore,
+    Location,
+)
 from shardify.pack import RECORD_DTYPE
-from shardify.records import ImageRef, parse_record
-from shardify.sources.llava import RecordFile
+from shardify.records import MAX_RECORD_BYTES, NO_ID, ImageRef, load_record, parse_record
+from shardify.sources.llava import RecordFile, open_unchanged
 
-_BATCH = 4096
+_BATCH = 4096  # records read together,
+_BATCH_BYTES = 32 * 1024 * 1024  # or as many as this holds
 _EXAMPLES = 5
+_SHOWN = 300  # characters of a name
+# the end of one record and the start of the next
+_SWALLOWED = re.compile(rb'\}\s*,?\s*\{\s*"(?:id|image|conversations)"\s*:')
 _CODES = ("", *REASONS)  # the number of a code is its place here
 
 
@@ -77,6 +93,7 @@ def survey_records(
         rows["offset"], rows["length"], rows["file"] = file.offsets, file.lengths, number
         for first, raws in _batches(file):
             batch = slice(first, first + len(raws))
+            _refuse_swallowed(file, first, raws)
             images.append(_survey_batch(raws, rows[batch], ids[start:][batch], stores, looked_for))
             progress(len(raws))
         start += len(file.offsets)
@@ -93,11 +110,20 @@ def survey_records(
 def _batches(file: RecordFile) -> Iterator[tuple[int, list[bytes]]]:
     if not len(file.offsets):
         return
-    with open(file.path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for first in range(0, len(file.offsets), _BATCH):
-            starts = file.offsets[first : first + _BATCH].tolist()
-            lengths = file.lengths[first : first + _BATCH].tolist()
-            yield first, [content[at : at + n] for at, n in zip(starts, lengths, strict=True)]
+    # what is longer than any record is not read whole: it is refused by its length
+    lengths = np.minimum(file.lengths, MAX_RECORD_BYTES + 1)
+    reach = np.cumsum(lengths)
+    with (
+        os.fdopen(open_unchanged(file.path, file.stamp), "rb") as opened,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        first = 0
+        while first < len(lengths):
+            full = int(np.searchsorted(reach, reach[first] + _BATCH_BYTES, side="right"))
+            end = min(first + _BATCH, max(full, first + 1))
+            places = zip(file.offsets[first:end].tolist(), lengths[first:end].tolist(), strict=True)
+            yield first, [content[at : at + n] for at, n in places]
+            first = end
 
 
 def _survey_batch(
@@ -117,7 +143,7 @@ def _survey_batch(
         except SampleError as error:
             codes[number] = _CODES.index(error.code)
             continue
-        if sample.id is not None:
+        if sample.id not in NO_ID:
             ids[number] = xxhash.xxh3_64_intdigest(sample.id.encode())
         references.extend(sample.images)
         owners.extend([number] * len(sample.images))
@@ -131,7 +157,10 @@ def _survey_batch(
         if fault and not codes[owner]:
             codes[owner] = _CODES.index(fault)
         if fault == "image-missing" and len(looked_for) < _EXAMPLES:
-            looked_for.append(reference.path)
+            looked_for.append(reference.path[:_SHOWN])
+    for number, size in enumerate(sizes):
+        if not codes[number] and (sample_span(size) > MAX_SIZE or len(size) - 1 > MAX_IMAGES):
+            codes[number] = _CODES.index("sample-too-large")
     rows["code"] = codes
     rows["span"] = [0 if code else sample_span(size) for code, size in zip(codes, sizes, strict=True)]
     rows["images"] = np.bincount(owners, minlength=len(raws)) if owners else 0
@@ -160,10 +189,39 @@ def locate_images(
         for number, location in zip(wanted, store.locate([paths[n] for n in wanted]), strict=True):
             if location is not None:
                 rows[number] = (*location, store_number)
-                faults[number] = ""
+                faults[number] = _fault_of(location)
                 if location.method != UNSEEN:
                     del paths[number]
     return rows, faults
+
+
+def _fault_of(location: Location) -> str:
+    """What is wrong with an image that is there, as far as its whereabouts say."""
+    if location.method not in (PLAIN_FILE, UNSEEN, *READABLE_METHODS):
+        return "image-unreadable"
+    return "image-too-large" if max(location.size, location.stored) > MAX_IMAGE_BYTES else ""
+
+
+def _refuse_swallowed(file: RecordFile, first: int, raws: Sequence[bytes]) -> None:
+    """Refuse a file in which an unclosed text has taken later records into one: they would be lost uncounted.
+
+    Raises:
+        SourceError: with the byte where the broken record begins.
+    """
+    for number, raw in enumerate(raws, start=first):
+        if _SWALLOWED.search(raw) and _is_no_json(raw):
+            raise SourceError(
+                f"{file.path}: byte {file.offsets[number]}: a text or bracket that is not closed takes the records after it"
+                f" into this one, up to byte {file.offsets[number] + file.lengths[number]}; repair the file there"
+            )
+
+
+def _is_no_json(raw: bytes) -> bool:
+    try:
+        load_record(raw)
+    except RecordError as error:
+        return error.code == "record-not-json"
+    return False
 
 
 def _mark_repeated(records: npt.NDArray[np.void], ids: npt.NDArray[np.uint64]) -> None:

@@ -27,8 +27,9 @@ FLAG_TOLERANT = 1
 COLUMNS = ("offset", "size", "words", "images")
 """The sidecar columns that rows are made from."""
 
-_MAX_SIZE = 2**32 - 1
-_MAX_IMAGES = 2**16 - 1
+MAX_SIZE = 2**32 - 1
+MAX_IMAGES = 2**16 - 1
+"""What a row can say: bytes and images of one sample."""
 
 
 def index_rows(table: pa.Table, info: ShardInfo, shard: int) -> npt.NDArray[np.void]:
@@ -45,7 +46,7 @@ def index_rows(table: pa.Table, info: ShardInfo, shard: int) -> npt.NDArray[np.v
     rows = np.zeros(table.num_rows, dtype=INDEX_DTYPE)
     size = table["size"].to_numpy()
     images = pc.list_value_length(table["images"]).to_numpy()
-    if len(rows) and (size.max() > _MAX_SIZE or images.max() > _MAX_IMAGES):
+    if len(rows) and (size.max() > MAX_SIZE or images.max() > MAX_IMAGES):
         raise FormatError(
             f"shard {shard}: a sample of {size.max()} bytes or {images.max()} images is beyond the index"
         )

@@ -7,6 +7,7 @@ while it was written, and the counts of notes. A finished sidecar is thus all th
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import msgspec
 import pyarrow as pa
@@ -56,6 +57,7 @@ SCHEMA = pa.schema(
     ]
 )
 _METADATA_KEY = b"shardify"
+_MAX_METADATA_BYTES = 2**31 - 1  # what a shard of nothing but records set aside may need
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,10 @@ def read_sidecar(path: str | os.PathLike[str], columns: Sequence[str] | None = N
     try:
         with open(path, "rb") as file:
             table = pq.read_table(
-                file, columns=list(columns) if columns is not None else None, page_checksum_verification=True
+                file,
+                columns=list(columns) if columns is not None else None,
+                page_checksum_verification=True,
+                thrift_string_size_limit=_MAX_METADATA_BYTES,
             )
     except FileNotFoundError:
         raise FormatError(f"{os.fspath(path)}: no such sidecar") from None
@@ -172,6 +177,12 @@ def read_sidecar(path: str | os.PathLike[str], columns: Sequence[str] | None = N
     return table
 
 
+def _metadata(file: BinaryIO) -> dict[bytes, bytes]:
+    opened = pq.ParquetFile(file, thrift_string_size_limit=_MAX_METADATA_BYTES)
+    found: dict[bytes, bytes] = opened.schema_arrow.metadata or {}
+    return found
+
+
 def read_shard_info(path: str | os.PathLike[str]) -> ShardInfo:
     """The sidecar's metadata, without its rows.
 
@@ -180,7 +191,7 @@ def read_shard_info(path: str | os.PathLike[str]) -> ShardInfo:
     """
     try:
         with open(path, "rb") as file:
-            metadata = pq.read_schema(file).metadata or {}
+            metadata = _metadata(file)
         return msgspec.json.decode(metadata[_METADATA_KEY], type=ShardInfo)
     except FileNotFoundError:
         raise FormatError(f"{os.fspath(path)}: no such sidecar") from None
@@ -197,6 +208,6 @@ def is_sidecar(path: str | os.PathLike[str]) -> bool:
     """
     try:
         with open(path, "rb") as file:
-            return _METADATA_KEY in (pq.read_schema(file).metadata or {})
+            return _METADATA_KEY in _metadata(file)
     except (pa.ArrowInvalid, pa.ArrowException, OSError):
         return True

@@ -40,6 +40,7 @@ UNSEEN = (
     -3
 )  # something stands in the way of even looking: reading it says what, unless a later store holds the image
 MISSING = -1
+READABLE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 _NAME_IS_UTF8 = 0x800  # general purpose bit 11
 _LOCAL_HEADER = 30
@@ -220,7 +221,7 @@ class ZipReader:
         del parts
         if location.method == ENCRYPTED:
             raise ImageError("image-unreadable", "encrypted in its archive")
-        if location.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        if location.method not in READABLE_METHODS:
             raise ImageError(
                 "image-unreadable", f"compression method {location.method}; stored and deflated can be read"
             )

@@ -8,8 +8,10 @@ brackets and commas, so a NaN, a lone surrogate, a byte order mark or a record t
 import mmap
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
@@ -38,6 +40,9 @@ _IS_SPACE[list(_SPACE)] = True
 _Offsets = npt.NDArray[np.int64]
 
 
+Stamp: TypeAlias = tuple[int, int, int, int]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RecordFile:
     """A record file and where its records lie.
@@ -48,6 +53,7 @@ class RecordFile:
         offsets: int64 [n], first byte of each record.
         lengths: int64 [n], bytes of each record, without white space around it.
         fingerprint: xxh3_128 of the content, hexadecimal.
+        stamp: device, inode, size and time of change when it was split; another file of this name has others.
     """
 
     path: str
@@ -55,6 +61,30 @@ class RecordFile:
     offsets: _Offsets
     lengths: _Offsets
     fingerprint: str
+    stamp: Stamp
+
+
+def open_unchanged(path: str, stamp: Stamp) -> int:
+    """A descriptor of a record file that is still the one that was split.
+
+    Raises:
+        SourceError: it has gone or changed.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read any more ({error.strerror})") from None
+    if _stamp(descriptor) != stamp:
+        os.close(descriptor)
+        raise SourceError(
+            f"{path}: has changed since packing began; finished shards hold what it said before"
+        )
+    return descriptor
+
+
+def _stamp(descriptor: int) -> Stamp:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def record_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
@@ -87,7 +117,12 @@ def split_records(path: str | os.PathLike[str], *, name: str | None = None) -> R
     name = os.path.basename(path) if name is None else name
     try:
         with open(path, "rb") as file:
-            if not os.fstat(file.fileno()).st_size:
+            stamp = _stamp(file.fileno())
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise SourceError(
+                    f"{path}: a pipe or device; a file is needed, since it is read more than once"
+                )
+            if not stamp[2]:
                 raise SourceError(f"{path}: the file is empty; a JSON array or JSONL is needed")
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
@@ -98,7 +133,7 @@ def split_records(path: str | os.PathLike[str], *, name: str | None = None) -> R
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
     # never closed by hand: an error's traceback may still hold arrays over it
     offsets, lengths = _split(content, path)
-    return RecordFile(path, name, offsets, lengths, _fingerprint(content))
+    return RecordFile(path, name, offsets, lengths, _fingerprint(content), stamp)
 
 
 def _fingerprint(content: mmap.mmap) -> str:

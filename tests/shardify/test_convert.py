@@ -20,12 +20,12 @@ import webdataset
 import xxhash
 from PIL import Image
 
-from shardify import outfolder, pack
+from shardify import convert, outfolder, pack
 from shardify.convert import PackOptions, allowed_bad, pack_dataset
-from shardify.errors import PackError, ShardifyError, UsageError
+from shardify.errors import PackError, ShardifyError, SourceError, UsageError
 from shardify.format.index import read_index
 from shardify.format.manifest import read_manifest
-from shardify.format.sidecar import read_shard_info, read_sidecar
+from shardify.format.sidecar import SetAside, ShardInfo, read_shard_info, read_sidecar, write_sidecar
 
 
 def jpeg(seed, size=(40, 30), format_="JPEG"):
@@ -546,7 +546,9 @@ def test_more_bad_records_than_allowed_found_while_packing(source, workers):
     assert check_consistent(source, source / "out")[0].counts.set_aside == {"image-truncated": 12}
 
 
-@pytest.mark.parametrize(("text", "allowed"), [("0", 0), ("7", 7), ("1%", 10), ("0.25%", 2), ("100 %", 1000)])
+@pytest.mark.parametrize(
+    ("text", "allowed"), [("0", 0), ("7", 7), ("1%", 10), ("0.25%", 2), ("100 %", 1000), ("0.7%", 7)]
+)
 def test_limits(text, allowed):
     assert allowed_bad(text, records=1000) == allowed
 
@@ -594,11 +596,132 @@ def test_bad_input_is_one_clear_message(source):
         assert not out.exists()
 
 
-def test_a_full_or_read_only_place_is_one_clear_message(source):
-    if os.access("/proc", os.W_OK):
-        status, _, error = run(source / "chat.json", "--images", source / "images", "--out", "/proc/shards")
-        assert status == 2
-        assert "cannot be written" in error
+def test_a_place_that_cannot_be_written_to_is_one_clear_message(source):
+    status, _, error = run(source / "chat.json", "--images", source / "images", "--out", "/proc/shards")
+    assert status == 2
+    assert "cannot be written" in error
+
+
+def test_a_summary_that_nobody_can_read_spoils_nothing(source):
+    command = [sys.executable, "-m", "shardify.cli", "pack", source / "chat.json"]
+    command += ["--images", source / "images", "--out", source / "out"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert b"out is complete, but its summary cannot be printed" in done.stderr
+    assert (source / "out" / "manifest.json").exists()
+    assert not (source / "out" / ".packing").exists()
+
+
+def test_a_file_that_claims_terabytes_is_one_bad_record(source):
+    with open(source / "images" / "huge.jpg", "wb") as file:
+        file.truncate(2**40)
+    write_records(source / "chat.json", [*GOOD, record(99, "huge.jpg")])
+    status, out, error = run(
+        source / "chat.json", "--images", source / "images", "--out", source / "out", "--max-bad", 1
+    )
+    assert status == 0, error
+    assert f"{len(GOOD) + 1} records in = {len(GOOD)} packed + 1 set aside (image-too-large 1" in out
+
+
+def test_a_record_file_replaced_while_packing_ends_the_run(source, monkeypatch):
+    other = write_records(source / "other.json", GOOD[::-1])
+    plan = convert.make_plan
+
+    def replacing(*arguments, **named):
+        os.replace(other, source / "chat.json")
+        return plan(*arguments, **named)
+
+    monkeypatch.setattr(convert, "make_plan", replacing)
+    with pytest.raises(SourceError, match=r"chat\.json: has changed since packing began"):
+        pack_dataset(options(source))
+    assert not (source / "out" / "manifest.json").exists()
+    assert not list((source / "out").glob("*.parquet"))
+
+
+def test_a_record_file_replaced_at_the_very_end_does_not_get_a_manifest(source, monkeypatch):
+    other = write_records(source / "other.json", GOOD[::-1])
+    pack_shards = convert._pack_shards
+
+    def replacing(*arguments):
+        pack_shards(*arguments)
+        os.replace(other, source / "chat.json")
+
+    monkeypatch.setattr(convert, "_pack_shards", replacing)
+    with pytest.raises(SourceError, match="has changed since packing began"):
+        pack_dataset(options(source))
+    assert not (source / "out" / "manifest.json").exists()
+
+
+def test_records_that_an_open_quote_swallowed_are_not_lost_uncounted(source):
+    broken = [b'{"id": 1, "conversations": [{"from": "human", "value": "open]}', *GOOD[:6]]
+    closing = b'{"id": 2, "conversations": [{"from": "human", "value": closed"}]}'
+    path = write_records(source / "chat.json", [*GOOD, *broken, closing, *GOOD])
+    status, _, error = run(path, "--images", source / "images", "--out", source / "out", "--max-bad", "100%")
+    assert status == 1
+    assert f"byte {path.read_bytes().index(broken[0])}: a text or bracket that is not closed" in error
+    assert not (source / "out").exists() or not list((source / "out").glob("*.tar"))
+
+
+def test_names_that_are_images_are_cut_where_they_are_told(source):
+    """Some sets put the image itself, as base64, where its path belongs."""
+    uri = "data:image/jpeg;base64," + "A" * 100_000
+    write_records(source / "chat.json", [*GOOD, *(record(n, uri) for n in range(30))])
+    pack_dataset(options(source, max_bad="100%"))
+    lines = (source / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert len(lines) == 30
+    assert all(len(line) < 1000 for line in lines)
+    assert "characters)" in msgspec.json.decode(lines[0])["image"]
+
+
+def test_a_sidecar_of_a_hundred_thousand_refusals_can_be_read(tmp_path):
+    refused = SetAside(1, "chat.json", '"1"', "image-missing", "not in images", "x" * 1500)
+    info = ShardInfo(bytes=1, xxh3_128="", set_aside=[refused] * 100_000)
+    write_sidecar(tmp_path / "0.parquet", [], info)
+    assert len(read_shard_info(tmp_path / "0.parquet").set_aside) == 100_000
+    assert read_sidecar(tmp_path / "0.parquet").num_rows == 0
+
+
+def test_an_archive_that_nothing_can_be_read_from_is_no_success(source):
+    archive = write_zip(source / "i.zip", method=zipfile.ZIP_BZIP2)
+    status, _, error = run(
+        source / "chat.json", "--images", archive, "--out", source / "out", "--max-bad", "100%"
+    )
+    assert status == 1
+    assert "no record can be packed: image-unreadable" in error
+
+
+def test_when_all_fail_only_while_packing_it_is_no_success(source):
+    for path in (source / "images").rglob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:300])
+    status, _, error = run(
+        source / "chat.json", "--images", source / "images", "--out", source / "out", "--max-bad", "100%"
+    )
+    assert status == 1
+    assert "no record could be packed: image-truncated" in error
+    assert not (source / "out" / "manifest.json").exists()
+
+
+def test_a_pipe_is_no_record_file(source):
+    os.mkfifo(source / "pipe")
+    writer = os.open(source / "pipe", os.O_RDWR)
+    status, _, error = run(source / "pipe", "--images", source / "images", "--out", source / "out")
+    os.close(writer)
+    assert status == 1
+    assert "a pipe or device; a file is needed" in error
+
+
+def test_a_folder_with_a_dot_gives_no_name_an_extension(source):
+    write_folder(source / "images", {"x.y/abc": jpeg(1)})
+    write_records(source / "chat.json", [record(0, "x.y/abc")])
+    pack_dataset(options(source, shards=1))
+    assert read_manifest(source / "out" / "manifest.json").counts.notes == {}
+
+
+def test_an_id_of_null_is_none(source):
+    write_records(source / "chat.json", [record(0, id=None), record(1, id=None)])
+    pack_dataset(options(source, shards=1))
+    assert read_manifest(source / "out" / "manifest.json").counts.notes == {"id-missing": 2}
 
 
 def long_pack(source):
@@ -702,3 +825,30 @@ def test_real_records_all_pack_and_read_back(real_data, tmp_path):
                 hashlib.sha256(sample[fields[0]]).digest()
                 == hashlib.sha256((real_data / image).read_bytes()).digest()
             )
+
+
+def test_the_demo_set_packs_and_reads_back(tmp_path):
+    pytest.importorskip("skimage")
+    from shardify.demo import make_demo
+
+    make_demo(tmp_path / "demo", samples=512)
+    images = zipfile.ZipFile(tmp_path / "demo" / "images.zip")
+    path = tmp_path / "demo" / "chat.json"
+    pack_dataset(
+        PackOptions(records=[path], images=[tmp_path / "demo" / "images.zip"], out=tmp_path / "out", shards=8)
+    )
+    manifest, _ = check_consistent(tmp_path, tmp_path / "out")
+    assert (manifest.counts.records_in, manifest.counts.packed) == (512, 508)
+    records = [bytes(raw) for raw in msgspec.json.decode(path.read_bytes(), type=list[msgspec.Raw])]
+    samples = read_back(tmp_path / "out")
+    rows = [
+        row for tar in sorted((tmp_path / "out").glob("*.parquet")) for row in read_sidecar(tar).to_pylist()
+    ]
+    assert list(samples) == [row["key"] for row in rows]
+    for row, sample in zip(rows, samples.values(), strict=True):
+        assert sample.pop("json") == records[row["record"]]
+        named = json.loads(records[row["record"]]).get("image", [])
+        named = [named] if isinstance(named, str) else named
+        assert [sample[field] for field in sorted(sample)] == [images.read(name) for name in named]
+    kinds = [len(json.loads(record).get("image", [])) for record in records]
+    assert 0 in kinds  # text-only ones are among them

@@ -33,7 +33,7 @@ def test_by_size_every_record_is_in_one_shard_and_the_shards_are_balanced(
     spans, shuffle, seed, size, multiple
 ):
     total, good = sum(spans), sum(span > 0 for span in spans)
-    count = -(-max(1, -(-total // size)) // multiple) * multiple
+    count = -(-max(1, min(good, -(-total // size))) // multiple) * multiple
     cut = Cut(shard_size=size, multiple_of=multiple)
     if count > max(1, good):
         with pytest.raises(UsageError, match="more than"):
@@ -66,9 +66,12 @@ def test_by_samples(spans, seed, samples, multiple):
     good = sum(span > 0 for span in spans)
     count = max(1, -(-good // samples))
     rounded = -(-count // multiple) * multiple
+    cut = Cut(samples_per_shard=samples, multiple_of=multiple)
     if rounded > max(1, good):
+        with pytest.raises(UsageError, match=f"{rounded} shards .* are more than the {good} records"):
+            make_plan(spans, shuffle=True, seed=seed, cut=cut)
         return
-    plan = make_plan(spans, shuffle=True, seed=seed, cut=Cut(samples_per_shard=samples, multiple_of=multiple))
+    plan = make_plan(spans, shuffle=True, seed=seed, cut=cut)
     check_cover(spans, plan)
     sizes = [len(shard) for shard in packable(spans, plan)]
     assert len(sizes) == rounded
@@ -76,6 +79,11 @@ def test_by_samples(spans, seed, samples, multiple):
         assert all(size == samples for size in sizes[:-1])
     else:
         assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_size_asks_for_no_more_shards_than_samples():
+    """Two samples of 300 MB, and the default size of 256 MB."""
+    assert make_plan([300_000_000] * 2, shuffle=False, seed=0, cut=Cut(shard_size=256_000_000)).shards == 2
 
 
 def test_without_shuffle_the_order_is_the_records():
