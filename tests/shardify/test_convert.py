@@ -827,7 +827,7 @@ def test_real_records_all_pack_and_read_back(real_data, tmp_path):
             )
 
 
-def test_the_demo_set_packs_and_reads_back(tmp_path):
+def test_the_demo_set_packs_and_reads_back(tmp_path, capsys):
     pytest.importorskip("skimage")
     from shardify.demo import make_demo
 
@@ -837,6 +837,8 @@ def test_the_demo_set_packs_and_reads_back(tmp_path):
     pack_dataset(
         PackOptions(records=[path], images=[tmp_path / "demo" / "images.zip"], out=tmp_path / "out", shards=8)
     )
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert capsys.readouterr().out.splitlines()[-2] in readme  # what the README shows is what is printed
     manifest, _ = check_consistent(tmp_path, tmp_path / "out")
     assert (manifest.counts.records_in, manifest.counts.packed) == (512, 508)
     records = [bytes(raw) for raw in msgspec.json.decode(path.read_bytes(), type=list[msgspec.Raw])]
