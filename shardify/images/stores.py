@@ -326,7 +326,9 @@ def _open_zip(path: str) -> ZipStore:
     try:
         end = os.stat(path).st_size
         with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.infolist() if not (entry.is_dir() or _is_clutter(entry))]
+            # by the name, which a damaged directory may leave empty, where ZipInfo.is_dir raises
+            files = [entry for entry in archive.infolist() if entry.filename and entry.filename[-1] != "/"]
+            entries = [entry for entry in files if not _is_clutter(entry)]
     except zipfile.BadZipFile as error:
         raise SourceError(
             f"{path}: not a readable zip archive ({error}); images are folders or zip archives"

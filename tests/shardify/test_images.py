@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shardify.errors import ImageError, PackError, SourceError
+from shardify.format.names import IMAGE_FORMATS, is_image_field
 from shardify.images import stores
 from shardify.images.probe import MAX_PIXELS, ImageHeader, probe, same_format
 from shardify.images.stores import FolderStore, Location, open_store
@@ -138,6 +139,9 @@ def test_extensions():
     assert same_format("tiff", "tif")
     assert not same_format("jpg", "png")
     assert not same_format("mp4", "jpg")
+    assert all(
+        same_format(name, kind) and is_image_field(f"0.{name}") for name, kind in IMAGE_FORMATS.items()
+    )
 
 
 def test_a_folder(tmp_path):
@@ -376,6 +380,11 @@ def test_the_last_of_several_members_of_one_name_counts(tmp_path):
             archive.writestr("a", data)
     store = open_store(path)
     assert store.reader.read(("a",), store.locate([("a",)])[0]) == JPEG  # as zipfile and unzip have it
+
+
+def test_a_member_without_a_name_is_passed_over(tmp_path):
+    make_zip(tmp_path / "x.zip", {"a": JPEG, "": b"nameless"}, zipfile.ZIP_STORED)
+    assert list(open_store(tmp_path / "x.zip").members) == ["a"]
 
 
 @given(st.data())
