@@ -383,7 +383,12 @@ def test_the_last_of_several_members_of_one_name_counts(tmp_path):
 
 
 def test_a_member_without_a_name_is_passed_over(tmp_path):
-    make_zip(tmp_path / "x.zip", {"a": JPEG, "": b"nameless"}, zipfile.ZIP_STORED)
+    path = tmp_path / "x.zip"
+    make_zip(path, {"a": JPEG, "nameless": b"text"}, zipfile.ZIP_STORED)
+    directory = path.read_bytes().rindex(b"nameless")
+    with open(path, "r+b") as file:
+        file.seek(directory)
+        file.write(b"\0")  # a name ends at its first zero byte
     assert list(open_store(tmp_path / "x.zip").members) == ["a"]
 
 
