@@ -110,7 +110,8 @@ def pack_dataset(options: PackOptions) -> None:
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else out
         raise PackError(f"{where}: {error.strerror or error}") from error
     # all is done and in its place: where nobody can be told, that is no fault of the data set
-    shown = out.encode("utf-8", "backslashreplace").decode()
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # there may be none
+    shown = out.encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(f"{shown}: " + "\n".join(lines), flush=True)
     except OSError as error:
@@ -238,7 +239,7 @@ def _require_good(options: PackOptions, survey: Survey, context: PackContext) ->
     if bad.total() > allowed_bad(options.max_bad, records=total):
         raise PackError(
             f"{bad.total():,} of {total:,} records cannot be packed, more than --max-bad {options.max_bad} allows: "
-            f"{describe_counts(bad)}. No shard was begun. The first ones:{examples}"
+            f"{describe_counts(bad)}. This run wrote nothing. The first ones:{examples}"
         )
 
 

@@ -9,7 +9,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from shardify.format.index import MAX_IMAGES, MAX_SIZE
 from shardify.format.sidecar import ImageInfo, SampleRow, SetAside, ShardInfo, read_shard_info, write_sidecar
 from shardify.format.tar import ShardWriter, sample_span
 from shardify.images.probe import ImageHeader, probe, same_format
-from shardify.images.stores import MISSING, ImageReader, Location
+from shardify.images.stores import MAX_IMAGE_BYTES, MISSING, ImageReader, Location
 from shardify.records import MAX_RECORD_BYTES, NO_ID, Sample, load_record, parse_record
 from shardify.sources.llava import Stamp, open_unchanged
 
@@ -42,6 +41,7 @@ RECORD_DTYPE = np.dtype(
 """What is kept of a record between the survey and its packing."""
 
 _SHOWN = 300  # characters of a name or detail that are kept of a record set aside
+_MAX_OPEN = 64  # record files at a time, of the thousands that there may be
 _REPORT_EVERY = 0.2  # seconds
 
 Report = Callable[[int, int], None]
@@ -195,8 +195,11 @@ def _write_samples(context: PackContext, task: ShardTask, writer: ShardWriter, r
         sample: Sample | None = None
         try:
             sample = parse_record(raw)
+            sizes = [size for _, _, size, *_ in rows]
+            if max(sizes, default=0) <= MAX_IMAGE_BYTES:  # otherwise it is that image's fault
+                _check_span(sizes, raw)  # before so much is read
             images = _read_images(context, sample, rows)
-            _check_span(images, raw)
+            _check_span([len(data) for data, _ in images], raw)
         except _BadImage as fault:
             content.set_aside.append(
                 _set_aside(context, record, raw, fault.error, sample=sample, image=fault.path)
@@ -244,20 +247,26 @@ class _Record(NamedTuple):
 def _read_records(context: PackContext, task: ShardTask) -> Iterator[tuple[int, _Record, bytes]]:
     """Position, whereabouts and bytes of each record of the shard."""
     fields = task.records[["offset", "length", "images", "file", "repeated"]].tolist()
-    with ExitStack() as stack:
-        descriptors: dict[int, int] = {}
+    descriptors: dict[int, int] = {}  # the one used last at the end
+    try:
         for position, number, (offset, length, images, file, repeated) in zip(
             range(task.position, task.position + len(fields)), task.numbers.tolist(), fields, strict=True
         ):
             path, name, stamp = context.record_files[file]
-            if file not in descriptors:
-                descriptors[file] = open_unchanged(path, stamp)
-                stack.callback(os.close, descriptors[file])
+            descriptor = descriptors.pop(file, None)
+            if descriptor is None:
+                if len(descriptors) == _MAX_OPEN:
+                    os.close(descriptors.pop(next(iter(descriptors))))
+                descriptor = open_unchanged(path, stamp)
+            descriptors[file] = descriptor
             size = min(length, MAX_RECORD_BYTES + 1)  # longer ones are refused by their length
-            raw = os.pread(descriptors[file], size, offset)
+            raw = os.pread(descriptor, size, offset)
             if len(raw) < size:
                 raise PackError(f"{path}: has become shorter while it was packed")
             yield position, _Record(number - context.file_starts[file], name, images, repeated), raw
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
 
 
 def _reported(
@@ -296,10 +305,10 @@ def _read_images(
     return images
 
 
-def _check_span(images: list[tuple[bytes, ImageHeader]], raw: bytes) -> None:
-    span = sample_span([*(len(data) for data, _ in images), len(raw)])
-    if span > MAX_SIZE or len(images) > MAX_IMAGES:
-        raise RecordError("sample-too-large", f"{span} bytes, {len(images)} images")
+def _check_span(sizes: list[int], raw: bytes) -> None:
+    span = sample_span([*sizes, len(raw)])
+    if span > MAX_SIZE or len(sizes) > MAX_IMAGES:
+        raise RecordError("sample-too-large", f"{span} bytes, {len(sizes)} images")
 
 
 def _notes(sample: Sample, images: list[tuple[bytes, ImageHeader]], *, repeated: bool) -> list[str]:
@@ -309,7 +318,7 @@ def _notes(sample: Sample, images: list[tuple[bytes, ImageHeader]], *, repeated:
     elif repeated:
         notes.append("id-repeated")
     for image, (_, header) in zip(sample.images, images, strict=True):
-        stem, dot, extension = image.path.rpartition("/")[2].rpartition(".")
+        stem, dot, extension = image.parts()[-1].rpartition(".")
         if stem and dot and not same_format(extension, header.format):
             notes.append("image-extension-differs")
             break
@@ -327,10 +336,11 @@ def _set_aside(
     sample: Sample | None = None,
     image: str | None = None,
 ) -> SetAside:
+    id_ = sample.id if sample else _id_of(raw)
     item = SetAside(
         record=record.number,
         source=record.source,
-        id=sample.id if sample else _id_of(raw),
+        id=None if id_ is None else _printable(id_),
         code=error.code,
         detail=_printable(error.detail),
         image=None if image is None else _printable(image),

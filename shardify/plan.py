@@ -123,8 +123,9 @@ def make_plan(spans: npt.ArrayLike, *, shuffle: bool, seed: int, cut: Cut) -> Pl
     elif per_shard is not None:
         count = max(1, _divide_up(len(good), per_shard))
     else:
-        # a few large samples do not need more shards than samples
-        count = max(1, min(len(good), _divide_up(total, cut.shard_size or DEFAULT_SHARD_SIZE)))
+        # few large samples: no more shards than there are samples, also when rounded up
+        most = max(1, len(good) // cut.multiple_of * cut.multiple_of)
+        count = max(1, min(most, _divide_up(total, cut.shard_size or DEFAULT_SHARD_SIZE)))
     rounded = _divide_up(count, cut.multiple_of) * cut.multiple_of
     if rounded > max(1, len(good)):
         asked = (

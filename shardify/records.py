@@ -2,7 +2,7 @@
 
 A record is a JSON object (docs/recipes.md lists the reason codes):
 
-    {"id": ..., "image": "path" | ["path", ...] (absent, null or "" for text-only),
+    {"id": ..., "image": "path" | ["path", ...] (absent, null, "", [] or [""] for text-only),
      "conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}], ...}
 """
 
@@ -102,12 +102,12 @@ def parse_record(data: bytes | memoryview) -> Sample:
         # a second, tolerant and slower reader: for what LLaVA's json.load accepts, and for a precise reason
         return _parse_tolerantly(bytes(data))
     image = record.image
-    paths = [] if not image else [image] if isinstance(image, str) else image
+    paths = image if isinstance(image, list) else [image or ""]
     if not record.conversations:
         raise RecordError("no-conversations", "'conversations' is empty")
     return Sample(
         id=bytes(record.id).decode() if bytes(record.id) else None,
-        images=tuple(map(ImageRef, paths)),
+        images=_references(paths),
         image_is_list=isinstance(image, list),
         turns=tuple([Turn(turn.role, turn.value) for turn in record.conversations]),
         words=sum([len(turn.value.split()) for turn in record.conversations]),
@@ -126,7 +126,7 @@ def load_record(data: bytes | memoryview) -> dict[str, Any]:
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         value = _load_tolerantly(bytes(data))
     if not isinstance(value, dict):
-        raise RecordError("record-not-object", f"a JSON object is needed, this is {_json_type(value)}")
+        raise RecordError("record-not-object", f"a JSON object is needed, this is {json_type(value)}")
     return value
 
 
@@ -137,15 +137,15 @@ def sample_of(record: Mapping[str, Any], *, strict: bool = True) -> Sample:
         RecordError: with the reason code.
     """
     image = record.get("image")
-    paths = [] if image is None or image == "" else image if isinstance(image, list) else [image]
+    paths = image if isinstance(image, list) else ["" if image is None else image]
     for path in paths:
         if not isinstance(path, str):
-            raise RecordError("image-not-a-path", f"'image' holds {_json_type(path)}; a path is needed")
+            raise RecordError("image-not-a-path", f"'image' holds {json_type(path)}; a path is needed")
     turns = record.get("conversations")
     if turns is None:
         raise RecordError("no-conversations", "no field 'conversations'")
     if not isinstance(turns, list) or not turns:
-        what = "an empty list" if turns == [] else _json_type(turns)
+        what = "an empty list" if turns == [] else json_type(turns)
         raise RecordError("no-conversations", f"'conversations' is {what}; a list of turns is needed")
     parsed: list[Turn] = []
     for number, turn in enumerate(turns):
@@ -155,7 +155,7 @@ def sample_of(record: Mapping[str, Any], *, strict: bool = True) -> Sample:
         parsed.append(Turn(role, value))
     return Sample(
         id=json.dumps(record["id"]) if "id" in record else None,
-        images=tuple(map(ImageRef, paths)),
+        images=_references(paths),
         image_is_list=isinstance(image, list),
         turns=tuple(parsed),
         words=sum(len(turn.text.split()) for turn in parsed),
@@ -163,10 +163,15 @@ def sample_of(record: Mapping[str, Any], *, strict: bool = True) -> Sample:
     )
 
 
+def _references(paths: list[str]) -> tuple[ImageRef, ...]:
+    """None where every path is empty: so text-only records are written too."""
+    return tuple(map(ImageRef, paths)) if any(paths) else ()
+
+
 def _parse_tolerantly(data: bytes) -> Sample:
     value = _load_tolerantly(data)
     if not isinstance(value, dict):
-        raise RecordError("record-not-object", f"a JSON object is needed, this is {_json_type(value)}")
+        raise RecordError("record-not-object", f"a JSON object is needed, this is {json_type(value)}")
     try:
         msgspec.json.decode(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
@@ -184,7 +189,8 @@ def _load_tolerantly(data: bytes) -> Any:
         raise RecordError("record-not-json", str(error)) from None
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What a decoded JSON value is called in messages."""
     names = {
         dict: "an object",
         list: "a list",

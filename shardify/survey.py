@@ -3,12 +3,14 @@
 Of a record only one row of `RECORD_DTYPE` is kept, and one row of `LOCATION_DTYPE` for each of its images: under 80 bytes together.
 """
 
-import mmap
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +38,10 @@ _BATCH = 4096  # records read together,
 _BATCH_BYTES = 32 * 1024 * 1024  # or as many as this holds
 _EXAMPLES = 5
 _SHOWN = 300  # characters of a name
-# the end of one record and the start of the next
-_SWALLOWED = re.compile(rb'\}\s*,?\s*\{\s*"(?:id|image|conversations)"\s*:')
+_NEXT = re.compile(r"\}\s*,?\s*(?=\{)")  # the end of one object and the start of the next
+_NEXT_TRIED = 1000  # more than a broken record has turns
 _CODES = ("", *REASONS)  # the number of a code is its place here
+_MAY_SWALLOW = [_CODES.index(code) for code in ("record-not-json", "record-too-large")]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,8 +96,8 @@ def survey_records(
         rows["offset"], rows["length"], rows["file"] = file.offsets, file.lengths, number
         for first, raws in _batches(file):
             batch = slice(first, first + len(raws))
-            _refuse_swallowed(file, first, raws)
             images.append(_survey_batch(raws, rows[batch], ids[start:][batch], stores, looked_for))
+            _refuse_swallowed(file, first, raws, rows[batch])
             progress(len(raws))
         start += len(file.offsets)
     _mark_repeated(records, ids)
@@ -113,17 +116,19 @@ def _batches(file: RecordFile) -> Iterator[tuple[int, list[bytes]]]:
     # what is longer than any record is not read whole: it is refused by its length
     lengths = np.minimum(file.lengths, MAX_RECORD_BYTES + 1)
     reach = np.cumsum(lengths)
-    with (
-        os.fdopen(open_unchanged(file.path, file.stamp), "rb") as opened,
-        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
+    # positioned reads: a mapping of a file that is cut short meanwhile ends the process without a word
+    descriptor = open_unchanged(file.path, file.stamp)
+    try:
         first = 0
         while first < len(lengths):
             full = int(np.searchsorted(reach, reach[first] + _BATCH_BYTES, side="right"))
             end = min(first + _BATCH, max(full, first + 1))
             places = zip(file.offsets[first:end].tolist(), lengths[first:end].tolist(), strict=True)
-            yield first, [content[at : at + n] for at, n in places]
+            yield first, [os.pread(descriptor, size, at) for at, size in places]
             first = end
+    finally:
+        os.close(descriptor)
+    os.close(open_unchanged(file.path, file.stamp))
 
 
 def _survey_batch(
@@ -144,7 +149,7 @@ def _survey_batch(
             codes[number] = _CODES.index(error.code)
             continue
         if sample.id not in NO_ID:
-            ids[number] = xxhash.xxh3_64_intdigest(sample.id.encode())
+            ids[number] = xxhash.xxh3_64_intdigest(_same_id(sample.id).encode())
         references.extend(sample.images)
         owners.extend([number] * len(sample.images))
 
@@ -202,25 +207,46 @@ def _fault_of(location: Location) -> str:
     return "image-too-large" if max(location.size, location.stored) > MAX_IMAGE_BYTES else ""
 
 
-def _refuse_swallowed(file: RecordFile, first: int, raws: Sequence[bytes]) -> None:
+def _same_id(text: str) -> str:
+    """One spelling for ids that are equal texts, however they are escaped."""
+    if text.startswith('"') and ("\\" in text or not text.isascii()):
+        return json.dumps(json.loads(text))
+    return text
+
+
+def _refuse_swallowed(
+    file: RecordFile, first: int, raws: Sequence[bytes], rows: npt.NDArray[np.void]
+) -> None:
     """Refuse a file in which an unclosed text has taken later records into one: they would be lost uncounted.
 
     Raises:
         SourceError: with the byte where the broken record begins.
     """
-    for number, raw in enumerate(raws, start=first):
-        if _SWALLOWED.search(raw) and _is_no_json(raw):
+    for number in np.flatnonzero(np.isin(rows["code"], _MAY_SWALLOW)).tolist():
+        if _holds_records(raws[number]):
+            start, length = file.offsets[first + number], file.lengths[first + number]
             raise SourceError(
-                f"{file.path}: byte {file.offsets[number]}: a text or bracket that is not closed takes the records after it"
-                f" into this one, up to byte {file.offsets[number] + file.lengths[number]}; repair the file there"
+                f"{file.path}: byte {start}: this record, {length} bytes up to byte {start + length}, is no JSON and holds whole "
+                "records: a text or bracket in it is not closed, or there are several records in one line. Repair the file there"
             )
 
 
-def _is_no_json(raw: bytes) -> bool:
+def _holds_records(raw: bytes) -> bool:
+    """Whether there are whole records inside of what is no record itself."""
     try:
         load_record(raw)
     except RecordError as error:
-        return error.code == "record-not-json"
+        if error.code != "record-not-json":
+            return False
+    else:
+        return False
+    text = raw.decode("utf-8", "replace")
+    decoder = json.JSONDecoder(strict=False)
+    for found in islice(_NEXT.finditer(text), _NEXT_TRIED):
+        with suppress(ValueError, RecursionError):
+            value, _ = decoder.raw_decode(text, found.end())
+            if "conversations" in value:
+                return True
     return False
 
 

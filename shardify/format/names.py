@@ -16,31 +16,19 @@ WORK_FOLDER = ".packing"
 RECORD_FIELD = "json"
 """The member that holds the record."""
 
-_IMAGE_FORMATS = frozenset(
-    [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "apng",
-        "gif",
-        "webp",
-        "bmp",
-        "dib",
-        "tif",
-        "tiff",
-        "avif",
-        "jp2",
-        "j2k",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-        "ico",
-        "qoi",
-    ]
-)
+IMAGE_FORMATS = {
+    **{
+        name: name for name in ("jpg", "png", "gif", "webp", "bmp", "tif", "avif", "jp2", "ppm", "ico", "qoi")
+    },
+    **dict.fromkeys(("jpeg", "jpe", "jfif", "mpo"), "jpg"),
+    **dict.fromkeys(("j2k", "j2c", "jpx", "jpf"), "jp2"),
+    **dict.fromkeys(("pgm", "pbm", "pnm"), "ppm"),
+    "tiff": "tif",
+    "apng": "png",
+    "dib": "bmp",
+}
+"""Extensions that images go by, in lower case -> the name of their format."""
+
 _MIN_SHARD_DIGITS = 3
 _MIN_KEY_DIGITS = 9
 
@@ -72,4 +60,4 @@ def image_field(number: int, image_format: str, *, is_list: bool) -> str:
 
 def is_image_field(field: str) -> bool:
     """Whether a member is an image by its name: ``jpg``, ``0.png``, ``image.JPEG``, in shards of any origin."""
-    return field.rpartition(".")[2].lower() in _IMAGE_FORMATS
+    return field.rpartition(".")[2].lower() in IMAGE_FORMATS

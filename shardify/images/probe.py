@@ -12,6 +12,7 @@ from io import BytesIO
 from PIL import Image, UnidentifiedImageError
 
 from shardify.errors import ImageError
+from shardify.format.names import IMAGE_FORMATS
 
 MAX_PIXELS = 178_956_970
 """More pixels than this are refused, as Pillow refuses them (twice `PIL.Image.MAX_IMAGE_PIXELS`): a few bytes can claim terabytes."""
@@ -32,14 +33,6 @@ _FORMATS = {
     "QOI": "qoi",
 }
 _OPENED = tuple(name for name in _FORMATS if name != "MPO")
-_ALIASES = {
-    **dict.fromkeys(("jpeg", "jpe", "jfif", "mpo"), "jpg"),
-    **dict.fromkeys(("j2k", "j2c", "jpx", "jpf"), "jp2"),
-    **dict.fromkeys(("pgm", "pbm", "pnm"), "ppm"),
-    "tiff": "tif",
-    "apng": "png",
-    "dib": "bmp",
-}
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _MARKER = struct.Struct(">BBH")
 _TWO_BIG = struct.Struct(">II")
@@ -104,7 +97,7 @@ def probe(data: bytes | memoryview) -> ImageHeader:
 def same_format(extension: str, image_format: str) -> bool:
     """Whether a file extension, without dot and in any case, is one that `image_format` goes by."""
     extension = extension.lower()
-    return _ALIASES.get(extension, extension) == image_format
+    return IMAGE_FORMATS.get(extension, extension) == image_format
 
 
 def _read_jpeg(data: bytes | memoryview) -> ImageHeader | None:

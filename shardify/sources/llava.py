@@ -19,7 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from shardify.errors import RecordError, SourceError, UsageError
-from shardify.records import load_record
+from shardify.records import json_type, load_record
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
@@ -77,7 +77,8 @@ def open_unchanged(path: str, stamp: Stamp) -> int:
     if _stamp(descriptor) != stamp:
         os.close(descriptor)
         raise SourceError(
-            f"{path}: has changed since packing began; finished shards hold what it said before"
+            f"{path}: has changed since packing began; finished shards hold what it said before. With that content the same "
+            "command again continues, the new content needs another --out"
         )
     return descriptor
 
@@ -319,8 +320,7 @@ def _require_records(content: mmap.mmap, offsets: _Offsets, stops: _Offsets, pat
         raise SourceError(f"{path}: not JSON: the fault is at byte {fault} ({error})") from None
     if isinstance(value, dict):
         raise SourceError(_not_an_array(path, f"an object with the fields {_fields(value)}"))
-    names = {str: "a text", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
-    raise SourceError(_not_an_array(path, names[type(value)]))
+    raise SourceError(_not_an_array(path, json_type(value)))
 
 
 def _not_an_array(path: str, what: str) -> str:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -57,6 +58,11 @@ def write_records(path, records):
         item if isinstance(item, bytes) else json.dumps(item, ensure_ascii=False).encode() for item in records
     ]
     path.write_bytes(b"[" + b",\n".join(parts) + b"]")
+    return path
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(item) + "\n" for item in records))
     return path
 
 
@@ -535,7 +541,9 @@ def test_more_bad_records_than_allowed_found_while_packing(source, workers):
     for name in list(IMAGES)[:12]:
         (source / "images" / name).write_bytes(IMAGES[name][:500])
     with pytest.raises(
-        PackError, match=r"records cannot be packed, more than --max-bad 10% allows: image-truncated"
+        PackError,
+        match=r"(?s)records cannot be packed, more than --max-bad 10% allows: image-truncated .*remove .*out, .*"
+        r"\n  record \d+ of chat.json \(id .*, image '\d/\d+.jpg': image-truncated",
     ):
         pack_dataset(options(source, max_bad="10%", workers=workers, shards=8))
     for tar in (source / "out").glob("*.tar"):
@@ -659,14 +667,125 @@ def test_records_that_an_open_quote_swallowed_are_not_lost_uncounted(source):
     path = write_records(source / "chat.json", [*GOOD, *broken, closing, *GOOD])
     status, _, error = run(path, "--images", source / "images", "--out", source / "out", "--max-bad", "100%")
     assert status == 1
-    assert f"byte {path.read_bytes().index(broken[0])}: a text or bracket that is not closed" in error
+    assert f"byte {path.read_bytes().index(broken[0])}: this record, " in error
+    assert "holds whole records: a text or bracket in it is not closed" in error
     assert not (source / "out").exists() or not list((source / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize(
+    ("name", "around"), [("chat.json", (b"[", b",", b"]")), ("chat.jsonl", (b"", b"\n", b""))]
+)
+def test_records_inside_of_a_broken_one_are_told_from_its_own_parts(source, name, around):
+    good = [json.dumps({"source": "s", **record(n)}).encode() for n in range(4)]
+    begin, comma, end = around
+    own = b'{"id": oops, "parts": [{"image": "a", "id": 1}, {"image": "b", "id": 2}]}'
+    path = source / name
+    path.write_bytes(begin + comma.join([*good, own]) + end)
+    pack_dataset(options(source, records=[path], shards=1, max_bad="1"))
+    assert read_manifest(source / "out" / "manifest.json").counts.set_aside == {"record-not-json": 1}
+
+    broken = b'{"source": "s, "conversations": []}, ' + b", ".join(good) + b', {"source": "s, "id": 2}'
+    path.write_bytes(begin + comma.join([*good, broken]) + end)
+    with pytest.raises(SourceError, match=f"byte {path.read_bytes().index(broken)}: .* holds whole records"):
+        pack_dataset(options(source, records=[path], out=source / "other", max_bad="100%"))
+
+
+def test_ids_that_are_spelled_differently_are_the_same(source):
+    records = [b'{"id": %b, "conversations": [{"from": "human", "value": "a"}]}' % id_ for id_ in (
+        '"é"'.encode(), b'"\\u00e9"', b'"\\u00E9"', b'"\\ud800"', b'"e"', b"1", b'"1"'
+    )]  # fmt: skip
+    write_records(source / "chat.json", records)
+    pack_dataset(options(source, images=[], shards=1))
+    notes = read_manifest(source / "out" / "manifest.json").counts.notes
+    assert notes == {"id-repeated": 2, "record-tolerant": 1}
+
+
+def test_a_sample_that_no_index_row_can_say_is_set_aside_unread(source):
+    for number in range(5):
+        with open(source / "images" / f"big{number}.jpg", "wb") as file:
+            file.truncate(2**30)
+    write_records(source / "chat.json", [*GOOD, record(99, [f"big{number}.jpg" for number in range(5)])])
+    pack_dataset(options(source, shards=None, max_bad="1"))
+    assert read_manifest(source / "out" / "manifest.json").counts.set_aside == {"sample-too-large": 1}
+
+
+def limited(which, most):
+    """For a process of its own: a limit that the system keeps."""
+    return lambda: resource.setrlimit(which, (most, most))
+
+
+def test_more_record_files_than_may_be_open(source):
+    files = [source / f"{number}.jsonl" for number in range(200)]
+    for number, path in enumerate(files):
+        write_lines(path, [record(number), record(1000 + number)])
+    command = [
+        sys.executable,
+        "-m",
+        "shardify.cli",
+        "pack",
+        *files,
+        "--out",
+        source / "out",
+        "--workers",
+        "1",
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limited(resource.RLIMIT_NOFILE, 120),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "400 records in = 400 packed" in done.stdout
+
+
+def test_a_full_place_is_one_clear_message_and_continued(source):
+    command = [sys.executable, "-m", "shardify.cli", "pack", source / "chat.json", "--workers", "1"]
+    command += ["--images", source / "images", "--out", source / "out"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limited(resource.RLIMIT_FSIZE, 10_000),
+    )
+    assert done.returncode == 1
+    assert "shard 000.tar: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(source / "out") == [".packing"]
+    assert run(*command[4:])[0] == 0
+    check_consistent(source, source / "out")
+
+
+def test_a_name_that_cannot_be_printed_spoils_nothing(source):
+    out = os.fsencode(source / "é") + b"\xff"
+    command = [
+        sys.executable,
+        "-m",
+        "shardify.cli",
+        "pack",
+        source / "chat.json",
+        "--images",
+        source / "images",
+    ]
+    for encoding in ("utf-8", "ascii"):
+        done = subprocess.run(
+            [*command, "--out", out],
+            capture_output=True,
+            check=False,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )
+        assert (done.returncode, done.stderr.count(b"Traceback")) == (0, 0)
+        assert b"\\udcff: " in done.stdout
+        assert not os.path.exists(out + b"/.packing")
 
 
 def test_names_that_are_images_are_cut_where_they_are_told(source):
     """Some sets put the image itself, as base64, where its path belongs."""
     uri = "data:image/jpeg;base64," + "A" * 100_000
-    write_records(source / "chat.json", [*GOOD, *(record(n, uri) for n in range(30))])
+    records = [*(record(n, uri) for n in range(29)), record(0, "none.jpg", id=uri)]
+    write_records(source / "chat.json", [*GOOD, *records])
     pack_dataset(options(source, max_bad="100%"))
     lines = (source / "out" / "quarantine.jsonl").read_text().splitlines()
     assert len(lines) == 30
@@ -713,7 +832,7 @@ def test_a_pipe_is_no_record_file(source):
 
 def test_a_folder_with_a_dot_gives_no_name_an_extension(source):
     write_folder(source / "images", {"x.y/abc": jpeg(1)})
-    write_records(source / "chat.json", [record(0, "x.y/abc")])
+    write_records(source / "chat.json", [record(0, "x.y/abc"), record(1, "x.y\\abc")])
     pack_dataset(options(source, shards=1))
     assert read_manifest(source / "out" / "manifest.json").counts.notes == {}
 

@@ -33,7 +33,8 @@ def test_by_size_every_record_is_in_one_shard_and_the_shards_are_balanced(
     spans, shuffle, seed, size, multiple
 ):
     total, good = sum(spans), sum(span > 0 for span in spans)
-    count = -(-max(1, min(good, -(-total // size))) // multiple) * multiple
+    most = max(1, good // multiple * multiple)  # a size alone never asks for more shards than samples
+    count = -(-max(1, min(most, -(-total // size))) // multiple) * multiple
     cut = Cut(shard_size=size, multiple_of=multiple)
     if count > max(1, good):
         with pytest.raises(UsageError, match="more than"):
@@ -84,6 +85,8 @@ def test_by_samples(spans, seed, samples, multiple):
 def test_a_size_asks_for_no_more_shards_than_samples():
     """Two samples of 300 MB, and the default size of 256 MB."""
     assert make_plan([300_000_000] * 2, shuffle=False, seed=0, cut=Cut(shard_size=256_000_000)).shards == 2
+    cut = Cut(shard_size=256_000_000, multiple_of=4)
+    assert make_plan([300_000_000] * 5, shuffle=False, seed=0, cut=cut).shards == 4
 
 
 def test_without_shuffle_the_order_is_the_records():

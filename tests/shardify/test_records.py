@@ -27,9 +27,14 @@ def test_a_record():
     assert sample.strict
 
 
-@pytest.mark.parametrize("image", [None, "", []])
+@pytest.mark.parametrize("image", [None, "", [], [""], ["", ""]])
 def test_no_image(image):
     assert parse_record(record(image=image)).images == ()
+    assert sample_of({"image": image, "conversations": TURNS}).images == ()
+
+
+def test_an_empty_path_among_others_is_no_text_only_record():
+    assert parse_record(record(image=["", "a.jpg"])).images == (ImageRef(""), ImageRef("a.jpg"))
 
 
 def test_several_images():
