@@ -239,6 +239,8 @@ def _write_samples(context: PackContext, task: ShardTask, writer: ShardWriter, r
 
 class _Record(NamedTuple):
     number: int  # in its source
+    offset: int  # there
+    length: int
     source: str
     images: int
     repeated: bool
@@ -263,7 +265,8 @@ def _read_records(context: PackContext, task: ShardTask) -> Iterator[tuple[int, 
             raw = os.pread(descriptor, size, offset)
             if len(raw) < size:
                 raise PackError(f"{path}: has become shorter while it was packed")
-            yield position, _Record(number - context.file_starts[file], name, images, repeated), raw
+            number_there = number - context.file_starts[file]
+            yield position, _Record(number_there, offset, length, name, images, repeated), raw
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -336,13 +339,16 @@ def _set_aside(
     sample: Sample | None = None,
     image: str | None = None,
 ) -> SetAside:
+    detail = error.detail
+    if error.code == "record-not-json":  # it may be two that an open quote has made one
+        detail += f"; {record.length} bytes, from byte {record.offset} of the file"
     id_ = sample.id if sample else _id_of(raw)
     item = SetAside(
         record=record.number,
         source=record.source,
         id=None if id_ is None else _printable(id_),
         code=error.code,
-        detail=_printable(error.detail),
+        detail=_printable(detail),
         image=None if image is None else _printable(image),
     )
     if context.fail:

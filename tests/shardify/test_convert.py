@@ -310,6 +310,9 @@ def test_every_reason_and_note(source):
         assert set(line) == {"record", "source", "id", "code", "detail", "image"}
     by_id = {line["id"]: line for line in lines if line["id"]}
     assert by_id["5"]["code"] == "no-conversations"
+    content = (source / "chat.json").read_bytes()
+    (broken,) = (line["detail"] for line in lines if line["code"] == "record-not-json")
+    assert broken.endswith(f"; 8 bytes, from byte {content.index(b'nonsense')} of the file")
     assert by_id['"id.11/x"']["image"] == "cut.jpg"
     assert by_id['"id.15/x"']["image"] == "none.jpg"
     infos = [read_shard_info(path) for path in sorted((source / "out1").glob("*.parquet"))]
