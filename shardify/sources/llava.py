@@ -20,6 +20,7 @@ import xxhash
 
 from shardify.errors import RecordError, SourceError, UsageError
 from shardify.records import json_type, load_record
+from shardify.sources.spec import Embedded
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
@@ -54,6 +55,7 @@ class RecordFile:
         lengths: int64 [n], bytes of each record, without white space around it.
         fingerprint: xxh3_128 of the content, hexadecimal.
         stamp: device, inode, size and time of change when it was split; another file of this name has others.
+        embedded: images that came with the records.
     """
 
     path: str
@@ -62,6 +64,7 @@ class RecordFile:
     lengths: _Offsets
     fingerprint: str
     stamp: Stamp
+    embedded: Embedded | None = None
 
 
 def open_unchanged(path: str, stamp: Stamp) -> int:
