@@ -20,6 +20,7 @@ class Source(msgspec.Struct, frozen=True, omit_defaults=True):
         fingerprint: xxh3_128 of a record file's content or of an archive's directory; empty for folders, whose images are hashed one by one
             in the sidecars.
         licence: as the recipe states it.
+        citation: likewise.
     """
 
     kind: str
@@ -27,6 +28,7 @@ class Source(msgspec.Struct, frozen=True, omit_defaults=True):
     records: int | None = None
     fingerprint: str = ""
     licence: str = ""
+    citation: str = ""
 
 
 class Shard(msgspec.Struct, frozen=True):
@@ -73,17 +75,30 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """
     try:
         with open(path, "rb") as file:
-            manifest = msgspec.json.decode(file.read(), type=Manifest)
+            content = file.read()
     except FileNotFoundError:
         raise FormatError(f"{os.fspath(path)}: no such manifest") from None
-    except (msgspec.MsgspecError, UnicodeError, OSError) as error:
+    except OSError as error:
         raise FormatError(f"{os.fspath(path)}: not a readable manifest ({error})") from None
+    return decode_manifest(content, where=os.fspath(path))
+
+
+def decode_manifest(content: bytes, *, where: str) -> Manifest:
+    """A manifest from its bytes; `where` names it in errors.
+
+    Raises:
+        FormatError: it is damaged, or of a newer format.
+    """
+    try:
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise FormatError(f"{where}: not a readable manifest ({error})") from None
     if manifest.format_version != FORMAT_VERSION:
         raise FormatError(
-            f"{os.fspath(path)}: format version {manifest.format_version}; this shardify reads version {FORMAT_VERSION}"
+            f"{where}: format version {manifest.format_version}; this shardify reads version {FORMAT_VERSION}"
         )
     for shard in manifest.shards:
         for name in (shard.tar, shard.sidecar):
             if os.path.basename(name) != name or name in ("", ".", ".."):
-                raise FormatError(f"{os.fspath(path)}: shard name {name!r} leaves the manifest's folder")
+                raise FormatError(f"{where}: shard name {name!r} leaves the manifest's folder")
     return manifest

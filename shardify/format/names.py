@@ -12,6 +12,8 @@ MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 WORK_FOLDER = ".packing"
 """Holds unfinished files while a data set is written; gone when it is done."""
+PLAN = f"{WORK_FOLDER}/plan.json"
+"""What is being written; there before the first shard is."""
 
 RECORD_FIELD = "json"
 """The member that holds the record."""
