@@ -287,7 +287,7 @@ def _reported(
 
 
 def _read_images(
-    context: PackContext, sample: Sample, rows: list[tuple[int, int, int, int, int, int]]
+    context: PackContext, sample: Sample, rows: list[tuple[int, ...]]
 ) -> list[tuple[bytes, ImageHeader]]:
     """The bytes and headers of a sample's images, located by rows of `LOCATION_DTYPE`."""
     images: list[tuple[bytes, ImageHeader]] = []
@@ -296,12 +296,12 @@ def _read_images(
         paths = []
         for image, row in zip(sample.images, rows, strict=True):
             path = image.path
-            paths.append(image.parts())
-            if row[-1] == MISSING:
+            paths.append("/".join(image.parts()))
+            if row[5] == MISSING:
                 raise ImageError("image-missing", context.searched)
-        for image, parts, (*location, store) in zip(sample.images, paths, rows, strict=True):
+        for image, inside, (*location, store, _, _) in zip(sample.images, paths, rows, strict=True):
             path = image.path
-            data = context.readers[store].read(parts, Location(*location))
+            data = context.readers[store].read(inside, Location(*location))
             images.append((data, probe(data)))
     except SampleError as error:
         raise _BadImage(error, path) from None

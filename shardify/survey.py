@@ -193,7 +193,7 @@ def locate_images(
         wanted = list(paths)
         for number, location in zip(wanted, store.locate([paths[n] for n in wanted]), strict=True):
             if location is not None:
-                rows[number] = (*location, store_number)
+                rows[number] = (*location, store_number, 0, 0)
                 faults[number] = _fault_of(location)
                 if location.method != UNSEEN:
                     del paths[number]

@@ -32,6 +32,8 @@ LOCATION_DTYPE = np.dtype(
         ("crc", "<u4"),
         ("method", "<i2"),  # the archive's compression method, ENCRYPTED, PLAIN_FILE, or UNSEEN
         ("store", "<i2"),  # the store's number; MISSING when the image is nowhere
+        ("rule", "<u2"),  # the resolver's rule that was applied to the path; 0 is the path as it stands
+        ("how", "u1"),  # EXACT, BY_PREFIX, BY_SUFFIX or BY_STEM
     ]
 )
 PLAIN_FILE = -1
@@ -39,7 +41,9 @@ ENCRYPTED = -2
 UNSEEN = (
     -3
 )  # something stands in the way of even looking: reading it says what, unless a later store holds the image
+LISTED = -4  # a file known by its place in the store's own listing: `offset` is that number
 MISSING = -1
+EXACT, BY_PREFIX, BY_SUFFIX, BY_STEM = range(4)
 READABLE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 _NAME_IS_UTF8 = 0x800  # general purpose bit 11
@@ -65,11 +69,11 @@ class Location(NamedTuple):
 class ImageReader(Protocol):
     """Reads located images; small and picklable, so that any process can do it."""
 
-    def read(self, parts: Sequence[str], location: Location) -> bytes:
+    def read(self, name: str, location: Location) -> bytes:
         """The image's bytes.
 
         Args:
-            parts: the path's components, as `locate` was asked.
+            name: the path inside the store, its components joined by '/'; archives go by the location alone.
             location: what `locate` answered.
 
         Raises:
@@ -87,6 +91,10 @@ class ImageStore(Protocol):
     @property
     def path(self) -> str:
         """As the user gave it, for messages."""
+
+    @property
+    def mount(self) -> str:
+        """The virtual folder its content stands below, components joined by '/'; empty for none."""
 
     @property
     def name(self) -> str:
@@ -116,9 +124,31 @@ class ImageStore(Protocol):
         """
         ...
 
+    def listed_name(self, number: int) -> str:
+        """The path inside the store of the file whose location has method `LISTED` and this number as its offset."""
+        ...
 
-def open_store(path: str | os.PathLike[str]) -> ImageStore:
+
+@dataclass(frozen=True, slots=True)
+class StoreSpec:
+    """A place with images before it is opened.
+
+    Attributes:
+        path: a folder, an archive, or a URL of an object store's prefix.
+        mount: the virtual folder its content stands below: an archive mounted at ``coco/train2017`` holds what records call
+            ``coco/train2017/x.jpg`` under the name ``x.jpg``.
+    """
+
+    path: str
+    mount: str = ""
+
+
+def open_store(path: str | os.PathLike[str], mount: str = "") -> ImageStore:
     """Open a folder or a zip archive.
+
+    Args:
+        path: where it is.
+        mount: see `StoreSpec`.
 
     Raises:
         SourceError: there is no such place, or the archive's directory cannot be read.
@@ -129,8 +159,8 @@ def open_store(path: str | os.PathLike[str]) -> ImageStore:
     except OSError as error:
         raise SourceError(f"{path}: no images there ({error.strerror})") from None
     if stat.S_ISDIR(mode):
-        return FolderStore(path, FolderReader(os.path.abspath(path)))
-    return _open_zip(path)
+        return FolderStore(path, FolderReader(os.path.abspath(path)), mount)
+    return _open_zip(path, mount)
 
 
 def _base_name(path: str) -> str:
@@ -143,15 +173,15 @@ class FolderReader:
 
     root: str
 
-    def file(self, parts: Sequence[str]) -> str:
+    def file(self, name: str) -> str:
         """The path of a file."""
-        return f"{self.root}/{'/'.join(parts)}"
+        return f"{self.root}/{name}"
 
-    def read(self, parts: Sequence[str], location: Location) -> bytes:
+    def read(self, name: str, location: Location) -> bytes:
         """See `ImageReader`."""
         del location  # the file's own size holds
         try:
-            file = os.open(self.file(parts), _READ_FLAGS)
+            file = os.open(self.file(name), _READ_FLAGS)
             try:
                 size = os.fstat(file).st_size
                 _check_size(size)
@@ -165,7 +195,7 @@ class FolderReader:
             # a folder that cannot be entered is no fault of the images in it
             if error.errno in _FAULTS_OF_A_FILE and os.access(self.root, os.X_OK):
                 raise ImageError("image-unreadable", error.strerror or str(error)) from None
-            raise _outage(self.file(parts), error) from None
+            raise _outage(self.file(name), error) from None
         return data
 
 
@@ -175,6 +205,7 @@ class FolderStore:
 
     path: str
     reader: FolderReader
+    mount: str = ""
     kind: str = "folder"
     fingerprint: str = ""
     examples: tuple[str, ...] = ()
@@ -196,7 +227,7 @@ class FolderStore:
 
     def _locate(self, parts: tuple[str, ...]) -> Location | None:
         try:
-            found = os.stat(self.reader.file(parts))
+            found = os.stat(self.reader.file("/".join(parts)))
         except (FileNotFoundError, NotADirectoryError, UnicodeEncodeError):
             return None
         except OSError as error:
@@ -204,6 +235,10 @@ class FolderStore:
         if not stat.S_ISREG(found.st_mode):
             return None
         return Location(0, found.st_size, found.st_size, 0, PLAIN_FILE)
+
+    def listed_name(self, number: int) -> str:
+        """See `ImageStore`."""
+        raise IndexError(f"{self.path}: no file {number} has been listed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +251,9 @@ class ZipReader:
     def __reduce__(self) -> tuple[type, tuple[str]]:
         return type(self), (self.path,)
 
-    def read(self, parts: Sequence[str], location: Location) -> bytes:
+    def read(self, name: str, location: Location) -> bytes:
         """See `ImageReader`."""
-        del parts
+        del name
         if location.method == ENCRYPTED:
             raise ImageError("image-unreadable", "encrypted in its archive")
         if location.method not in READABLE_METHODS:
@@ -296,6 +331,7 @@ class ZipStore:
     members: dict[str, int]
     rows: npt.NDArray[np.void]
     top: str
+    mount: str = ""
     kind: str = "archive"
 
     @property
@@ -318,11 +354,15 @@ class ZipStore:
             row = self.members.get(self.top + path)
         if row is None:
             return None
-        offset, stored, size, crc, method, _ = self.rows[row].tolist()
+        offset, stored, size, crc, method, *_ = self.rows[row].tolist()
         return Location(offset, stored, size, crc, method)
 
+    def listed_name(self, number: int) -> str:
+        """See `ImageStore`."""
+        raise IndexError(f"{self.path}: no file {number} has been listed")
 
-def _open_zip(path: str) -> ZipStore:
+
+def _open_zip(path: str, mount: str) -> ZipStore:
     try:
         end = os.stat(path).st_size
         with zipfile.ZipFile(path) as archive:
@@ -356,6 +396,7 @@ def _open_zip(path: str) -> ZipStore:
         members={name: row for row, name in enumerate(names)},
         rows=rows,
         top=f"{tops.pop()}/" if in_one_folder else "",
+        mount=mount,
     )
 
 
