@@ -32,8 +32,8 @@ from shardify.format.names import (
     MANIFEST,
     QUARANTINE,
     RECORD_FIELD,
+    SHARD_ENDINGS,
     SIDECAR,
-    TAR,
     is_image_field,
 )
 from shardify.format.scan import scan_shard
@@ -556,7 +556,7 @@ def _check_strangers(selection: Selection, manifest: Manifest) -> Iterator[Fault
     """Shards in the folder that the manifest does not know."""
     known = {name for shard in manifest.shards for name in (shard.tar, shard.sidecar)}
     for name in sorted(os.listdir(selection.folder or ".")):
-        if name.endswith((TAR, SIDECAR)) and name not in known:
+        if name.endswith((*SHARD_ENDINGS, SIDECAR)) and name not in known:
             yield Fault(os.path.join(selection.folder, name), f"not in {MANIFEST}")
 
 

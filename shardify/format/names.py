@@ -6,6 +6,10 @@
 from pathlib import PurePath
 
 TAR = ".tar"
+TAR_ZST = ".tar.zst"
+SHARD_ENDINGS = (TAR, TAR_ZST)
+ZSTD = "zstd"
+"""The one compression of shards, as options and settings name it; ``""`` is none."""
 SIDECAR = ".parquet"
 INDEX = "index.npy"
 MANIFEST = "manifest.json"
@@ -35,14 +39,22 @@ _MIN_SHARD_DIGITS = 3
 _MIN_KEY_DIGITS = 9
 
 
-def shard_name(number: int, count: int) -> str:
-    """The tar name of shard `number` of `count`, zero-padded to at least three digits: ``007.tar``."""
-    return f"{number:0{max(_MIN_SHARD_DIGITS, len(str(count - 1)))}d}{TAR}"
+def shard_name(number: int, count: int, compress: str = "") -> str:
+    """The name of shard `number` of `count`, zero-padded to at least three digits: ``007.tar``, compressed ``007.tar.zst``."""
+    return f"{number:0{max(_MIN_SHARD_DIGITS, len(str(count - 1)))}d}{TAR_ZST if compress else TAR}"
 
 
-def sidecar_name(tar_name: str) -> str:
-    """The sidecar's name beside a shard: ``007.tar`` -> ``007.parquet``."""
-    return str(PurePath(tar_name).with_suffix(SIDECAR))
+def shard_stem(shard: str) -> str:
+    """A shard's name or path without its ending: ``data/007`` of ``data/007.tar`` and of ``data/007.tar.zst``; ``data/x`` of ``data/x.y``."""
+    for ending in (TAR_ZST, TAR):
+        if shard.endswith(ending):
+            return shard.removesuffix(ending)
+    return str(PurePath(shard).with_suffix(""))
+
+
+def sidecar_name(shard: str) -> str:
+    """The sidecar's name beside a shard: ``007.tar`` -> ``007.parquet``, as of ``007.tar.zst``."""
+    return shard_stem(shard) + SIDECAR
 
 
 def key_digits(records: int) -> int:

@@ -29,7 +29,16 @@ from shardify.errors import FormatError, UsageError
 from shardify.format.hashing import hash_file
 from shardify.format.index import COLUMNS, index_rows, read_index
 from shardify.format.manifest import Manifest, read_manifest
-from shardify.format.names import INDEX, MANIFEST, TAR, WORK_FOLDER, sidecar_name
+from shardify.format.names import (
+    INDEX,
+    MANIFEST,
+    SHARD_ENDINGS,
+    TAR,
+    TAR_ZST,
+    WORK_FOLDER,
+    shard_stem,
+    sidecar_name,
+)
 from shardify.format.sidecar import is_sidecar, read_shard_info, read_sidecar, write_sidecar
 
 MAX_BUILT_BYTES = 10 * 1000**3
@@ -220,10 +229,10 @@ class _Folder:
         if self.manifest:
             names = [shard.tar for shard in self.manifest.shards]
         else:
-            names = sorted(name for name in os.listdir(self.path or ".") if name.endswith(TAR))
+            names = sorted(name for name in os.listdir(self.path or ".") if name.endswith(SHARD_ENDINGS))
         if not names:
             raise FormatError(
-                f"{self.path or '.'}: no shards here: no {MANIFEST} that lists any, and no *{TAR}"
+                f"{self.path or '.'}: no shards here: no {MANIFEST} that lists any, and no *{TAR} or *{TAR_ZST}"
             )
         return names
 
@@ -294,7 +303,7 @@ def _brace_expand(text: str) -> list[str]:
 
 
 def _number(name: str) -> int | None:
-    stem = name.removesuffix(TAR)
+    stem = shard_stem(name)
     return int(stem) if stem.isdecimal() else None
 
 

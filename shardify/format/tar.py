@@ -4,13 +4,18 @@ One member is a 512-byte header, the data, and zeros to the next multiple of 512
 (IEEE Std 1003.1-1988, ustar interchange format). mtime, uid and gid are 0 and the mode is 0644, so that equal content gives equal bytes.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from shardify.errors import FormatError
+from shardify.format.names import ZSTD
+from shardify.format.zstd import FRAME_BYTES, FrameWriter
 
 BLOCK = 512
 MAX_MEMBER_BYTES = 8 * 1024**3 - 1
@@ -35,7 +40,7 @@ class Member:
 
     Attributes:
         field: the name after the key and its dot: ``jpg``, ``0.png``, ``json``.
-        offset: of the first data byte in the shard.
+        offset: of the first data byte, in the shard or, in a compressed one, in the sample's decompressed frame.
         size: of the data, without padding.
         xxh3_64: of the data.
     """
@@ -85,22 +90,44 @@ def sample_span(member_sizes: Sequence[int]) -> int:
 class ShardWriter:
     """Writes samples to an unbuffered binary file, hashing on the way.
 
-    The file sees few, large writes: members are gathered until `gather` bytes are ready.
+    The file sees few, large writes: what is ready is gathered until it is `gather` bytes.
+
+    Args:
+        sink: its `write` may take less than it is given, as that of an unbuffered file.
+        compress: ``""`` for a plain tar, ``"zstd"`` for one in frames (see `shardify.format.zstd`).
+        gather: bytes.
+
+    Attributes:
+        offset: bytes of the plain tar so far.
+        bytes: bytes of the file so far, as far as they are written; its size after `close`.
     """
 
-    def __init__(self, sink: _Sink, *, gather: int = 4 * 1024 * 1024) -> None:
+    def __init__(self, sink: _Sink, *, compress: str = "", gather: int = 4 * 1024 * 1024) -> None:
+        if compress not in ("", ZSTD):
+            raise ValueError(f"compress={compress!r}: shards are plain or {ZSTD!r}")
         self._sink = sink
         self._gather = gather
         self._ready: list[bytes | memoryview] = []
         self._ready_bytes = 0
         self._hash = xxhash.xxh3_128()
+        self._frames = FrameWriter() if compress else None
+        self._frame: list[bytes | memoryview] = []
+        self._frame_begin = 0
+        self._sample_begin = 0
+        self._marks = array("q")  # of each sample: begin and size, or the number of its frame
         self.offset = 0
+        self.bytes = 0
 
     def add(self, key: str, field: str, data: bytes | memoryview) -> Member:
-        """Append the member ``key.field``."""
+        """Append the member ``key.field``; its offset counts from the begin of its frame when the shard is compressed."""
         size = len(data)
         header = member_header(f"{key}.{field}", size)
-        member = Member(field, self.offset + BLOCK, size, xxhash.xxh3_64_intdigest(data))
+        begin = self.offset
+        if self._frames is not None and begin == self._sample_begin:
+            waiting = begin - self._frame_begin
+            if waiting and waiting + size > FRAME_BYTES:  # a large sample has a frame of its own
+                self._end_frame()
+        member = Member(field, begin + BLOCK - self._frame_begin, size, xxhash.xxh3_64_intdigest(data))
         self._append(header)
         self._append(data)
         pad = padding(size)
@@ -110,22 +137,63 @@ class ShardWriter:
             self._flush()
         return member
 
+    def end_sample(self) -> None:
+        """Say that the sample has all its members."""
+        if self._frames is None:
+            self._marks.extend((self._sample_begin, self.offset - self._sample_begin))
+        else:
+            self._marks.append(len(self._frames))
+            if self.offset - self._frame_begin >= FRAME_BYTES:
+                self._end_frame()
+        self._sample_begin = self.offset
+
     def close(self) -> str:
-        """End the archive; returns the xxh3_128 of the whole shard in hexadecimal."""
-        self._append(END_OF_ARCHIVE)
+        """End the archive; returns the xxh3_128 of the whole file in hexadecimal."""
+        if self._frames is None:
+            self._append(END_OF_ARCHIVE)
+        else:
+            self._end_frame()
+            self._append(END_OF_ARCHIVE)
+            self._end_frame()
+            self._ready.append(self._frames.seek_table())
         self._flush()
         return self._hash.hexdigest()
 
+    @property
+    def spans(self) -> npt.NDArray[np.int64]:
+        """int64 [samples, 2]: offset and size of each sample in the file, after `close`.
+
+        From its first header to its padded end; in a compressed shard those of its frame, which it may share with its neighbours.
+        """
+        marks = np.array(self._marks, np.int64)
+        return marks.reshape(-1, 2) if self._frames is None else self._frames.spans()[marks]
+
     def _append(self, data: bytes | memoryview) -> None:
+        self.offset += len(data)
+        if self._frames is not None:
+            self._frame.append(data)
+            return
         self._ready.append(data)
         self._ready_bytes += len(data)
-        self.offset += len(data)
+
+    def _end_frame(self) -> None:
+        assert self._frames is not None
+        if not self._frame:
+            return
+        frame = self._frames.compress(self._frame)
+        self._frame.clear()
+        self._frame_begin = self.offset
+        self._ready.append(frame)
+        self._ready_bytes += len(frame)
+        if self._ready_bytes >= self._gather:
+            self._flush()
 
     def _flush(self) -> None:
         data = b"".join(self._ready)
         self._ready.clear()
         self._ready_bytes = 0
         self._hash.update(data)
+        self.bytes += len(data)
         view = memoryview(data)
         while view:
             written = self._sink.write(view)  # type: ignore[arg-type]
