@@ -1,0 +1,84 @@
+"""A quick look into Parquet with images inside: which rows have one, without reading any of them."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shardify.errors import SourceError
+
+_COLUMNS = ("image", "images")
+_MOST_GROUPS = 20  # row groups read for one look; rows of others are passed over
+
+
+class ParquetTable:
+    """A file of records.
+
+    Args:
+        path: where it is.
+
+    Raises:
+        SourceError: it is no Parquet file, or has no rows with conversations.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            with pq.ParquetFile(path) as file:
+                names = file.schema_arrow.names
+                self._starts = np.cumsum(
+                    [0, *(file.metadata.row_group(n).num_rows for n in range(file.num_row_groups))]
+                )
+        except (OSError, pa.ArrowException) as error:
+            raise SourceError(f"{path}: cannot be read as Parquet ({error})") from None
+        if not {"conversations", "messages"}.intersection(names):
+            raise SourceError(
+                f"{path}: has the columns {', '.join(names[:10])}; 'conversations' or 'messages' is needed"
+            )
+        self._column = next((name for name in _COLUMNS if name in names), None)
+
+    @property
+    def records(self) -> int:
+        """Rows."""
+        return int(self._starts[-1])
+
+    def images(self, numbers: Sequence[int]) -> Iterator[int]:
+        """How many images rows of these ascending numbers have.
+
+        Raises:
+            SourceError: the file is damaged.
+        """
+        groups = np.searchsorted(self._starts, np.asarray(numbers), side="right") - 1
+        wanted = dict.fromkeys(groups.tolist())
+        for group in list(wanted)[:_MOST_GROUPS]:
+            counts = self._counts(group)
+            first = int(self._starts[group])
+            for number, of in zip(numbers, groups.tolist(), strict=True):
+                if of == group:
+                    yield counts[number - first]
+
+    def _counts(self, group: int) -> list[int]:
+        rows = int(self._starts[group + 1] - self._starts[group])
+        if self._column is None:
+            return [0] * rows
+        try:
+            with pq.ParquetFile(self._path) as file:
+                # of a struct only one child: whether the struct itself is null shows in any of them
+                column = file.read_row_group(group, columns=_leaves(file, self._column)).column(0)
+        except (OSError, pa.ArrowException) as error:
+            raise SourceError(f"{self._path}: cannot be read as Parquet ({error})") from None
+        return [_count(value) for value in column.to_pylist()]
+
+
+def _leaves(file: pq.ParquetFile, column: str) -> list[str]:
+    leaves: list[str] = [file.schema.column(number).path for number in range(len(file.schema))]
+    mine = [leaf for leaf in leaves if leaf == column or leaf.startswith(f"{column}.")]
+    return [leaf for leaf in mine if leaf.endswith(".path")] or mine
+
+
+def _count(value: Any) -> int:
+    if value is None or value == "":
+        return 0
+    return len(value) if isinstance(value, list) else 1
