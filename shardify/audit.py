@@ -1,12 +1,12 @@
-"""What became of every record: the reason codes, the quarantine file, and the reconciliation in = packed + set aside."""
+"""What became of every record: the reason codes and what to do about each, the quarantine file, and the reconciliation in = packed + set aside."""
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
-from shardify.errors import PackError
+from shardify.errors import PackError, UsageError
 from shardify.format.manifest import Counts
 from shardify.format.sidecar import SetAside, ShardInfo
 
@@ -16,6 +16,8 @@ REASONS: Mapping[str, str] = {
     "record-not-object": "the record is JSON, but no object",
     "no-conversations": "there is no list of turns, or it is empty",
     "bad-turn": "a turn lacks the texts 'from' and 'value'",
+    "record-video": "the record is one of a video, and has no image",
+    "record-audio": "the record is one of a sound, and has no image",
     "image-not-a-path": "'image' holds something that is no path",
     "image-path-unsafe": "the image's path does not stay inside an image root",
     "image-missing": "no image root holds the image",
@@ -32,10 +34,77 @@ REASONS: Mapping[str, str] = {
 NOTES: Mapping[str, str] = {
     "id-missing": "the record has no id",
     "id-repeated": "an earlier record has the same id",
+    "id-not-text": "the id is no text; number and text of one spelling are two ids",
+    "id-has-dot": "the id has a dot, at which tar readers would cut it",
+    "id-has-slash": "the id has a slash, which tar readers would take for a folder",
+    "text-only": "the record has no image",
+    "image-repeated": "an earlier record has the same image",
+    "answer-empty": "an answer is empty: LLaVA trains on nothing of a single turn, and runs several together",
+    "turn-empty": "a turn that is no answer is empty",
+    "first-turn-not-human": "the first turn is not the human's: LLaVA drops it",
+    "roles-not-alternating": "two turns of one role follow each other: LLaVA stops there",
+    "unknown-role": "a turn is neither human's nor gpt's: LLaVA stops there",
+    "last-turn-not-answer": "the last turn is not an answer: LLaVA trains on nothing of the record",
+    "image-in-answer": "`<image>` stands in an answer",
+    "image-token-repeated": "`<image>` stands twice in one turn: LLaVA makes one of them",
+    "image-tokens-exceed-images": "more turns with `<image>` than images: the model would take the next sample's",
+    "image-tokens-missing": "fewer `<image>` than images: LLaVA drops the features",
+    "image-token-without-image": "`<image>` in a record without image: it is read as text",
+    "template-marker-in-text": "a text holds `</s>`, ` ASSISTANT: `, `[/INST] `, `<|im_end|>` or `<unk>`: LLaVA's masks fail on it",
+    "blanks-around-text": "a text begins or ends with white space, which is kept",
+    "noisy-marker": "a text holds `QA_GT_caption_based_noisy`, which LLaVA-NeXT cuts out",
+    "text-long": "more words than LLaVA's 2,048 tokens: the end is cut off in training",
+    "no-words": "all texts are empty: LLaVA's length grouping stops there",
     "image-extension-differs": "an image is stored under its sniffed format, which its name's extension does not say",
     "record-tolerant": "the record is JSON only to a tolerant reader (NaN, a lone surrogate, a byte order mark)",
+    "record-messages": "the record was OpenAI's `messages` and is stored in LLaVA's form",
+    "record-image-field": "the image stood in another field than `image` (such as `input_image` or `images`) and is stored in LLaVA's form",
+    "caption-kept": "there is no other caption for the image: the record keeps its own",
+    "field-dropped": "the source has a value that a record cannot hold (bytes that are no image, NaN, infinity): it is left out or null",
 }
 """What is kept and counted. A record may have several notes, each counted once."""
+
+KEEPABLE = frozenset({"image-truncated"})
+"""Reasons that ``--policy CODE=keep`` may overrule: there is a sample to keep."""
+
+KEEP, SET_ASIDE, FAIL = "keep", "set-aside", "fail"
+_ACTIONS = (KEEP, SET_ASIDE, FAIL)
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """What to do about each code.
+
+    Attributes:
+        chosen: code -> ``keep``, ``set-aside`` or ``fail``, where it is not the code's default: notes are kept, reasons set aside.
+    """
+
+    chosen: Mapping[str, str] = field(default_factory=dict)
+
+    def action(self, code: str) -> str:
+        """``keep``, ``set-aside`` or ``fail``."""
+        return self.chosen.get(code) or (SET_ASIDE if code in REASONS else KEEP)
+
+
+def make_policies(texts: Sequence[str], *, on_bad: str = SET_ASIDE) -> Policies:
+    """Read ``CODE=ACTION`` texts; `on_bad` is the action for all reasons that none of them names.
+
+    Raises:
+        UsageError: an unknown code or action, or one that the code cannot have.
+    """
+    chosen = dict.fromkeys(REASONS, FAIL) if on_bad == FAIL else {}
+    for text in texts:
+        code, _, action = text.partition("=")
+        if code not in REASONS and code not in NOTES:
+            raise UsageError(f"--policy {text}: no code {code!r}; docs/recipes.md lists them all")
+        if action not in _ACTIONS:
+            raise UsageError(f"--policy {text}: the action is one of {', '.join(_ACTIONS)}")
+        if action == KEEP and code in REASONS and code not in KEEPABLE:
+            raise UsageError(
+                f"--policy {text}: such a record cannot be kept, there is no whole sample to pack ({REASONS[code]})"
+            )
+        chosen[code] = action
+    return Policies(chosen)
 
 
 def describe(item: SetAside) -> str:
@@ -70,20 +139,14 @@ def reconcile(records_in: int, samples: int, shards: Iterable[ShardInfo]) -> Cou
     return Counts(records_in, samples, dict(sorted(set_aside.items())), dict(sorted(notes.items())))
 
 
-def write_quarantine(
-    path: str | os.PathLike[str], shards: Iterable[ShardInfo], sources: Sequence[str]
-) -> None:
-    """Write quarantine.jsonl, one line per record set aside, in record order, and flush it to disk.
+def quarantine(shards: Iterable[ShardInfo], sources: Sequence[str]) -> bytes:
+    """The content of quarantine.jsonl: one line per record set aside, in record order.
 
     Args:
-        path: the file.
         shards: all shards.
-        sources: the record files' names, in their order.
+        sources: the record sources' names, in their order.
     """
     rank = {name: number for number, name in enumerate(sources)}
     items = [item for shard in shards for item in shard.set_aside]
     items.sort(key=lambda item: (rank[item.source], item.record))
-    with open(path, "wb") as file:
-        file.writelines(msgspec.json.encode(item) + b"\n" for item in items)
-        file.flush()
-        os.fsync(file.fileno())
+    return b"".join(msgspec.json.encode(item) + b"\n" for item in items)

@@ -64,6 +64,58 @@ class OnBad(StrEnum):
     FAIL = "fail"
 
 
+class Check(StrEnum):
+    """How images are checked while they are packed."""
+
+    HEADER = "header"
+    DECODE = "decode"
+    NONE = "none"
+
+
+class Compression(StrEnum):
+    """How shards are compressed."""
+
+    ZSTD = "zstd"
+
+
+class EngineName(StrEnum):
+    """Which processes make the shards."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+ShardSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="target size of a shard: 256MB (the default), 1GiB, ..."),
+]
+SamplesPerShard = Annotated[int | None, typer.Option(min=1, metavar="N", help="samples in each shard")]
+ShardCount = Annotated[int | None, typer.Option(min=1, metavar="N", help="how many shards")]
+MultipleOf = Annotated[
+    int, typer.Option(min=1, metavar="N", help="round the shard count up to a multiple of this")
+]
+Compress = Annotated[
+    Compression | None,
+    typer.Option(help="write .tar.zst: smaller where there is much text, and still randomly readable"),
+]
+ShortestEdge = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="make pictures smaller whose shorter side has more than N pixels"),
+]
+Quality = Annotated[
+    int, typer.Option(min=1, max=100, help="of pictures made smaller, as JPEG and WebP count it")
+]
+EngineOption = Annotated[EngineName, typer.Option(help="processes of this machine, or of a Ray cluster")]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="the Ray cluster", show_default="one on this machine")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="processes; the output does not depend on it", show_default="cores"
+    ),
+]
+
 ShardsArgument = Annotated[
     list[str],
     typer.Argument(
@@ -100,53 +152,114 @@ def demo(
 def pack(
     *,
     records: Annotated[
-        list[Path], typer.Argument(metavar="RECORDS", help="LLaVA JSON arrays or JSONL files")
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="where the shards go")],
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="PATH", help="a folder or a zip that holds the images; may be given several times"
+        list[str] | None,
+        typer.Argument(
+            metavar="RECORDS",
+            help="LLaVA JSON or JSONL (also .zst), Parquet, WebDataset tars, prompt folders; paths or URLs",
         ),
+    ] = None,
+    out: Annotated[
+        str, typer.Option(metavar="DIR|URL", help="where the shards go: a folder, s3://, gs:// or az://")
+    ],
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH|URL",
+            help="a folder, zip, tar or object-store prefix that holds images; may be given several times",
+        ),
+    ] = None,
+    prefix: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OLD=NEW",
+            help="image paths that begin with OLD are looked up with NEW instead; may be given several times",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="a published data set (`shardify recipes list`), or a YAML file of your own"
+        ),
+    ] = None,
+    root: Annotated[Path | None, typer.Option(metavar="DIR", help="where the recipe's files lie")] = None,
+    caption: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="which captions, where the recipe has several: raw, blip"),
     ] = None,
     shuffle: Annotated[
         bool, typer.Option("--shuffle/--no-shuffle", help="shuffle the records, keyed by --seed")
     ] = True,
     seed: Annotated[int, typer.Option(help="the shuffle's key")] = 0,
-    shard_size: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="target size of a shard: 256MB (the default), 1GiB, ..."),
+    shard_size: ShardSize = None,
+    samples_per_shard: SamplesPerShard = None,
+    shards: ShardCount = None,
+    multiple_of: MultipleOf = 1,
+    compress: Compress = None,
+    check: Annotated[
+        Check,
+        typer.Option(
+            help="of images: format, size and cheap truncation checks; every pixel; or nothing but format and size"
+        ),
+    ] = Check.HEADER,
+    shortest_edge: ShortestEdge = None,
+    quality: Quality = 90,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CODE=keep|set-aside|fail",
+            help="what to do about one reason or note; may be given several times",
+        ),
     ] = None,
-    samples_per_shard: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="samples in each shard")
-    ] = None,
-    shards: Annotated[int | None, typer.Option(min=1, metavar="N", help="how many shards")] = None,
-    multiple_of: Annotated[
-        int, typer.Option(min=1, metavar="N", help="round the shard count up to a multiple of this")
-    ] = 1,
     on_bad: Annotated[
         OnBad, typer.Option(help="what to do with a record that cannot be packed")
     ] = OnBad.SET_ASIDE,
     max_bad: Annotated[
-        str, typer.Option(metavar="N|N%", help="stop when more records than this cannot be packed")
-    ] = "1%",
-    workers: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            min=1, metavar="N", help="processes; the output does not depend on it", show_default="cores"
+            metavar="N|N%",
+            help="stop when more records than this cannot be packed",
+            show_default="1%, or what the recipe says",
         ),
     ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="add the records to the finished data set, as new shards")
+    ] = False,
+    read_order: Annotated[
+        bool,
+        typer.Option(
+            "--read-order",
+            help="read images front to back first, for slow disks; takes their room on disk once more meanwhile",
+        ),
+    ] = False,
+    engine: EngineOption = EngineName.LOCAL,
+    ray_address: RayAddress = None,
+    workers: Workers = None,
 ) -> None:
     """Pack records and images into shards with index, manifest and quarantine.
 
     The same command again continues where an interrupted run stopped.
     """
     from shardify.convert import PackOptions, pack_dataset
+    from shardify.recipes import resolve
 
+    if recipe is not None:
+        if root is None:
+            raise UsageError("--recipe needs --root DIR, the folder with its files")
+        if records or images:
+            raise UsageError("--recipe brings its own records and images; give one or the other")
+        chosen = resolve(recipe, root, caption=caption)
+        sources, stores, limit = chosen.sources, chosen.stores, max_bad or chosen.max_bad
+    else:
+        if root is not None or caption is not None:
+            raise UsageError("--root and --caption belong to --recipe NAME")
+        sources, stores, limit = (), (), max_bad or "1%"
     pack_dataset(
         PackOptions(
-            records=records,
+            records=records or [],
             images=images or [],
+            sources=sources,
+            stores=stores,
+            prefixes=[_pair(text) for text in prefix or []],
             out=out,
             shuffle=shuffle,
             seed=seed,
@@ -154,11 +267,27 @@ def pack(
             samples_per_shard=samples_per_shard,
             shards=shards,
             multiple_of=multiple_of,
+            compress=compress.value if compress else None,
+            check=check.value,
+            shortest_edge=shortest_edge,
+            quality=quality,
+            policies=policy or [],
             on_bad=on_bad.value,
-            max_bad=max_bad,
+            max_bad=limit,
+            append=append,
+            read_order=read_order,
+            engine=engine.value,
+            ray_address=ray_address,
             workers=workers,
         )
     )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not equals:
+        raise UsageError(f"--prefix {text}: OLD=NEW is needed, such as coco/train2017/=train2017/")
+    return old, new
 
 
 @app.command()

@@ -1,47 +1,41 @@
 """`shardify pack`: records and images become a data set of shards, index, quarantine and manifest.
 
-split -> survey -> plan -> pack (an engine) -> index, quarantine, manifest. Everything up to the plan writes nothing; every shard is
-complete when it has its name; the manifest comes last. The same call again continues where an earlier one stopped.
+open the sources -> survey -> plan -> pack (an engine) -> index, quarantine, manifest. Everything up to the plan writes nothing but spools of
+sources that cannot be read in place.
 """
 
 import os
-import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import xxhash
 
-from shardify.audit import describe, describe_counts, reconcile, write_quarantine
-from shardify.engines.local import run_shards
+from shardify.audit import FAIL, REASONS, Policies, describe, describe_counts, make_policies
 from shardify.errors import PackError, SourceError, UsageError
 from shardify.format import names
-from shardify.format.index import COLUMNS, index_rows, write_index
-from shardify.format.manifest import Counts, Manifest, Shard, Source, encode_manifest
-from shardify.format.sidecar import SetAside, ShardInfo, read_sidecar
-from shardify.images.stores import ImageStore, open_store
-from shardify.outfolder import (
-    Promise,
-    check_promise,
-    claimed,
-    finished_manifest,
-    remove_work,
-    write_durably,
-    write_promise,
-)
-from shardify.pack import PackContext, ShardTask, find_faults, finished_shard, sync_folder
+from shardify.format.manifest import Manifest, Source
+from shardify.images.resolve import Resolver
+from shardify.images.spool import SpoolReader
+from shardify.images.stores import LISTED, ImageStore, StoreSpec, open_store
+from shardify.outputs import Output, open_output
+from shardify.pack import PackContext, RecordSource, ShardTask, Shrink, find_faults, pack_shard
 from shardify.plan import Cut, Plan, make_cut, make_plan
 from shardify.progress import Progress
-from shardify.sources.llava import RecordFile, open_unchanged, record_names, split_records
+from shardify.promise import Promise, check_promise, is_finished, read_finished, write_promise
+from shardify.records import MAX_RECORD_BYTES
+from shardify.run import EXAMPLES, Engine, Job, allowed_bad, carry_out, examples
+from shardify.scatter import scatter_images
+from shardify.sources.llava import RecordFile, open_unchanged, record_names
+from shardify.sources.open import needs_spool, open_source
+from shardify.sources.spec import SourceSpec
 from shardify.survey import Survey, count_codes, survey_records
 
-_EXAMPLES = 3
+CHECKS = ("header", "decode", "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,32 +43,70 @@ class PackOptions:
     """What to pack, and how.
 
     Attributes:
-        records: LLaVA JSON arrays or JSONL files.
-        images: folders and zip archives, searched in this order.
-        out: the folder for the data set.
+        records: files or URLs of records, in any form that `open_source` knows.
+        images: folders, archives and URLs, searched in this order.
+        sources: or: the records, specified further.
+        stores: or: the images, likewise.
+        prefixes: (old, new) pairs that image paths of all sources are tried with before they are tried as they stand.
+        out: the folder or URL for the data set.
         shuffle: permute the records, keyed by `seed`.
         seed: any integer.
         shard_size: target bytes of a shard, such as ``256MB``, which is the default.
         samples_per_shard: or: samples in each shard.
         shards: or: how many shards.
         multiple_of: round the shard count up to a multiple of this.
+        compress: ``zstd``, or None.
+        check: of images: ``header`` (format, size, cheap truncation checks), ``decode`` (every pixel), or ``none``.
+        shortest_edge: make pictures smaller whose shorter side has more pixels.
+        quality: of those, as JPEG and WebP count it.
+        policies: ``CODE=keep``, ``CODE=set-aside`` or ``CODE=fail``.
         on_bad: ``set-aside``, or ``fail`` at the first record that cannot be packed.
         max_bad: stop when more records than this cannot be packed: a count, or a percentage with ``%``.
-        workers: processes; None for as many as there are cores. The output does not depend on it.
+        append: add to the finished data set at `out`, as new shards.
+        read_order: read images in the order of their archives first, and scatter them: for slow disks.
+        engine: the processes that pack: ``local`` or ``ray``; the output does not depend on it.
+        ray_address: of a Ray cluster; None starts one on this machine.
+        workers: processes; None for as many as there are cores.
     """
 
-    records: Sequence[Path]
-    out: Path
-    images: Sequence[Path] = ()
+    records: Sequence[str | os.PathLike[str]] = ()
+    out: str | os.PathLike[str]
+    images: Sequence[str | os.PathLike[str]] = ()
+    sources: Sequence[SourceSpec] = ()
+    stores: Sequence[StoreSpec] = ()
+    prefixes: Sequence[tuple[str, str]] = ()
     shuffle: bool = True
     seed: int = 0
     shard_size: str | None = None
     samples_per_shard: int | None = None
     shards: int | None = None
     multiple_of: int = 1
+    compress: str | None = None
+    check: str = "header"
+    shortest_edge: int | None = None
+    quality: int = 90
+    policies: Sequence[str] = ()
     on_bad: str = "set-aside"
     max_bad: str = "1%"
+    append: bool = False
+    read_order: bool = False
+    engine: str = "local"
+    ray_address: str | None = None
     workers: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Opened:
+    """The sources, opened."""
+
+    specs: Sequence[SourceSpec]
+    files: Sequence[RecordFile]
+    stores: Sequence[ImageStore]
+
+    @property
+    def embedded(self) -> list[SpoolReader]:
+        """Readers of the images that came with records; their stores' numbers follow those of `stores`."""
+        return [SpoolReader(file.embedded.path) for file in self.files if file.embedded]
 
 
 def pack_dataset(options: PackOptions) -> None:
@@ -85,33 +117,52 @@ def pack_dataset(options: PackOptions) -> None:
         SourceError: records or images cannot be read, or no image is found at all.
         PackError: too many records cannot be packed, one cannot under ``fail``, or a worker was lost.
     """
-    cut = make_cut(
-        shard_size=options.shard_size,
-        samples_per_shard=options.samples_per_shard,
-        shards=options.shards,
-        multiple_of=options.multiple_of,
-    )
-    allowed_bad(options.max_bad, records=0)  # an unreadable limit is refused before anything is read
-    out = os.fspath(options.out)
-    files = [
-        split_records(path, name=name)
-        for path, name in zip(options.records, record_names(options.records), strict=True)
-    ]
-    stores = [open_store(path) for path in options.images]
-    promise = Promise(_settings(options, cut), _sources(files, stores))
+    cut = _check_options(options)
+    specs = _specs(options)
+    output = open_output(os.fspath(options.out))
     lines = ["is complete: nothing to do"]
     try:
-        if finished_manifest(out, promise) is None or os.path.lexists(os.path.join(out, names.WORK_FOLDER)):
-            with claimed(out):
-                if finished_manifest(out, promise) is None:
-                    lines = _pack(options, cut, files, stores, promise)
-                remove_work(out)
+        with ExitStack() as claim:
+            if any(needs_spool(spec) for spec in specs):
+                claim.enter_context(output.claimed())
+                opened = _open(options, specs, output.spool())
+            else:
+                opened = _open(options, specs, "")
+            promise = Promise(_settings(options, cut, opened), _sources(opened))
+            if not _is_done(options, output, promise) or output.has_work():
+                if not any(needs_spool(spec) for spec in specs):
+                    claim.enter_context(output.claimed())
+                if not _is_done(options, output, promise):
+                    lines = _pack(options, cut, opened, output, promise)
+                output.remove_work()
     except OSError as error:
-        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else out
+        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else output.place
         raise PackError(f"{where}: {error.strerror or error}") from error
-    # all is done and in its place: where nobody can be told, that is no fault of the data set
+    print_summary(output, lines)
+
+
+def plan_dataset(options: PackOptions) -> Plan:
+    """The plan that `pack_dataset` would carry out, of sources that need no spool; writes nothing.
+
+    Raises:
+        UsageError, SourceError: as `pack_dataset`.
+    """
+    cut = _check_options(options)
+    specs = _specs(options)
+    if any(needs_spool(spec) for spec in specs):
+        raise UsageError("only records that are read in place can be planned without packing")
+    survey, _ = _survey(_open(options, specs, ""))
+    return make_plan(survey.records["span"], shuffle=options.shuffle, seed=options.seed, cut=cut)
+
+
+def print_summary(output: Output, lines: Sequence[str]) -> None:
+    """Say what is done on standard output.
+
+    Raises:
+        PackError: it cannot be printed, which is no fault of the data set.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # there may be none
-    shown = out.encode(encoding, "backslashreplace").decode(encoding)
+    shown = output.place.encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(f"{shown}: " + "\n".join(lines), flush=True)
     except OSError as error:
@@ -120,79 +171,216 @@ def pack_dataset(options: PackOptions) -> None:
         ) from error
 
 
-def allowed_bad(text: str, *, records: int) -> int:
-    """How many of `records` may be bad: ``20``, or ``1.5%``, rounded down.
+def _check_options(options: PackOptions) -> Cut:
+    cut = make_cut(
+        shard_size=options.shard_size,
+        samples_per_shard=options.samples_per_shard,
+        shards=options.shards,
+        multiple_of=options.multiple_of,
+    )
+    allowed_bad(options.max_bad, records=0)  # an unreadable limit is refused before anything is read
+    make_policies(options.policies)
+    if options.check not in CHECKS:
+        raise UsageError(f"--check {options.check}: one of {', '.join(CHECKS)} is needed")
+    if options.compress not in (None, "zstd"):
+        raise UsageError(f"--compress {options.compress}: only zstd is known")
+    if options.engine not in ("local", "ray"):
+        raise UsageError(f"--engine {options.engine}: local or ray is needed")
+    if options.shortest_edge is not None and options.shortest_edge < 1:
+        raise UsageError(f"--shortest-edge {options.shortest_edge}: must be at least 1")
+    if not 1 <= options.quality <= 100:
+        raise UsageError(f"--quality {options.quality}: 1 to 100 is needed")
+    if not options.records and not options.sources:
+        raise UsageError("no records are named; give record files, or --recipe NAME --root DIR")
+    return cut
 
-    Raises:
-        UsageError: it is neither a count nor a percentage.
-    """
-    match = re.fullmatch(r"([0-9]+)|([0-9]+(?:\.[0-9]+)?)\s*%", text.strip())
-    if not match or (match[2] and float(match[2]) > 100):
-        raise UsageError(f"--max-bad {text}: a count such as 20, or a percentage such as 1%, is needed")
-    return int(match[1]) if match[1] else int(records * Fraction(match[2]) / 100)
+
+def _specs(options: PackOptions) -> list[SourceSpec]:
+    """All sources, named, with the prefix maps that hold for all."""
+    plain = [os.fspath(path) for path in options.records]
+    named = [SourceSpec(path=path, name=name) for path, name in zip(plain, record_names(plain), strict=True)]
+    return [
+        replace(spec, prefixes=(*spec.prefixes, *options.prefixes)) for spec in (*named, *options.sources)
+    ]
 
 
-def _settings(options: PackOptions, cut: Cut) -> dict[str, Any]:
+def _open(options: PackOptions, specs: Sequence[SourceSpec], spool: str) -> _Opened:
+    files = [open_source(spec, spool=spool) for spec in specs]
+    stores = [StoreSpec(os.fspath(path)) for path in options.images]
+    return _Opened(
+        specs, files, [open_store(store.path, store.mount) for store in (*stores, *options.stores)]
+    )
+
+
+def _settings(options: PackOptions, cut: Cut, opened: _Opened) -> dict[str, Any]:
     """All that shapes the bytes, and nothing else."""
-    return {
+    settings: dict[str, Any] = {
         "shuffle": options.shuffle,
         "seed": options.seed if options.shuffle else None,
         "shard_size": cut.shard_size,
         "samples_per_shard": cut.samples_per_shard,
         "shards": cut.shards,
         "multiple_of": cut.multiple_of,
-        "check": "header",
+        "check": options.check,
     }
+    if options.compress:
+        settings["compress"] = options.compress
+    if options.shortest_edge:
+        settings["shortest_edge"] = options.shortest_edge
+        settings["quality"] = options.quality
+        settings["resized_by"] = f"pillow {PIL.__version__}"
+    chosen = make_policies(options.policies).chosen
+    if chosen:
+        # to fail is no matter of the bytes
+        settings["policies"] = {code: action for code, action in sorted(chosen.items()) if action != FAIL}
+    if any(spec.prefixes for spec in opened.specs):
+        settings["prefixes"] = [[list(pair) for pair in spec.prefixes] for spec in opened.specs]
+    if any(spec.captions for spec in opened.specs):
+        settings["captions"] = [spec.captions.field if spec.captions else None for spec in opened.specs]
+    if any(store.mount for store in opened.stores):
+        settings["mounts"] = [store.mount for store in opened.stores]
+    return settings
 
 
-def _sources(files: Sequence[RecordFile], stores: Sequence[ImageStore]) -> list[Source]:
+def _sources(opened: _Opened) -> list[Source]:
     return [
-        *(Source("records", file.name, len(file.offsets), file.fingerprint) for file in files),
-        *(Source(store.kind, store.name, fingerprint=store.fingerprint) for store in stores),
+        *(
+            Source("records", file.name, len(file.offsets), file.fingerprint, spec.licence, spec.citation)
+            for spec, file in zip(opened.specs, opened.files, strict=True)
+        ),
+        *(Source(store.kind, store.name, fingerprint=store.fingerprint) for store in opened.stores),
     ]
 
 
-def _pack(
-    options: PackOptions,
-    cut: Cut,
-    files: Sequence[RecordFile],
-    stores: Sequence[ImageStore],
-    promise: Promise,
-) -> list[str]:
-    """Pack what is not packed yet; returns the summary."""
-    out = os.fspath(options.out)
-    check_promise(out, promise)
-    total = sum(len(file.offsets) for file in files)
-    if not total:
-        raise SourceError(f"{', '.join(file.path for file in files)}: no records; there is nothing to pack")
-    with Progress("reading records", total=total, unit="records") as progress:
-        survey = survey_records(files, stores, progress=progress.advance)
-    context = PackContext(
-        out=out,
-        plan="",
-        digits=names.key_digits(total),
-        record_files=tuple((file.path, file.name, file.stamp) for file in files),
-        file_starts=tuple(np.cumsum([0, *(len(file.offsets) for file in files)]).tolist()[:-1]),
-        readers=tuple(store.reader for store in stores),
-        searched=f"not in {', '.join(store.name for store in stores)}"
-        if stores
-        else "no image root was given",
-        fail=False,
+def _is_done(options: PackOptions, output: Output, promise: Promise) -> bool:
+    if not options.append:
+        return is_finished(output, promise)
+    base = _base(output)
+    return any(
+        _own_settings(append.settings) == promise.settings and append.sources == promise.sources
+        for append in base.appends
     )
-    _require_images(survey, stores)
-    _require_good(options, survey, context)
+
+
+_APPENDED_TO = "appended_to"
+
+
+def _own_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != _APPENDED_TO}
+
+
+def _base(output: Output) -> Manifest:
+    base = read_finished(output)
+    if base is None:
+        raise UsageError(
+            f"{output.place}: no finished data set to append to; pack one first, without --append"
+        )
+    return base
+
+
+def _survey(opened: _Opened) -> tuple[Survey, Resolver]:
+    total = sum(len(file.offsets) for file in opened.files)
+    if not total:
+        listed = ", ".join(file.path for file in opened.files)
+        raise SourceError(f"{listed}: no records; there is nothing to pack")
+    resolver = Resolver(opened.stores, [spec.prefixes for spec in opened.specs])
+    with Progress("reading records", total=total, unit="records") as progress:
+        survey = survey_records(
+            opened.files, resolver, embedded_store=len(opened.stores), progress=progress.advance
+        )
+    return survey, resolver
+
+
+def _pack(options: PackOptions, cut: Cut, opened: _Opened, output: Output, promise: Promise) -> list[str]:
+    """Pack what is not packed yet; returns the summary."""
+    base = _base(output) if options.append else None
+    if base:
+        promise = Promise({**promise.settings, _APPENDED_TO: base.index_xxh3_128}, promise.sources)
+    beside = frozenset(_files_of(base)) if base else frozenset()
+    check_promise(output, promise, beside=beside)
+    survey, resolver = _survey(opened)
+    total = len(survey.records)
+    before = base.counts.records_in if base else 0
+    starts = np.cumsum([0, *(len(file.offsets) for file in opened.files)]).tolist()
+    embedded = opened.embedded
+    context = PackContext(
+        output=output,
+        digits=names.key_digits(before + total),
+        sources=tuple(
+            RecordSource(file.path, file.name, start, file.stamp)
+            for file, start in zip(opened.files, starts, strict=False)
+        ),
+        source_notes=survey.source_notes,
+        readers=(*(store.reader for store in opened.stores), *embedded),
+        mounts=(*(store.mount for store in opened.stores), *("" for _ in embedded)),
+        rules=tuple(resolver.rules),
+        searched=f"not in {', '.join(store.name for store in opened.stores)}"
+        if opened.stores
+        else "no image root was given",
+        policies=make_policies(options.policies),
+        check=options.check,
+        compress=options.compress or "",
+        shrink=Shrink(options.shortest_edge, options.quality) if options.shortest_edge else None,
+    )
+    _require_images(survey, opened.stores)
+    _require_good(options, survey, context, opened.stores)
 
     plan = make_plan(survey.records["span"], shuffle=options.shuffle, seed=options.seed, cut=cut)
     promise = Promise(promise.settings, promise.sources, _found(survey, plan))
-    check_promise(out, promise)
-    write_promise(out, promise)
-    context = replace(context, plan=promise.id, fail=options.on_bad == "fail")
+    check_promise(output, promise, beside=beside)
+    write_promise(output, promise)
+    context = replace(
+        context, plan=promise.id, policies=make_policies(options.policies, on_bad=options.on_bad)
+    )
+    first = len(base.shards) if base else 0
+    shard_names = [
+        names.shard_name(number, first + plan.shards, context.compress)
+        for number in range(first, first + plan.shards)
+    ]
+    if options.read_order:
+        context = scatter_images(
+            context, survey, plan, shard_names=shard_names, stores=opened.stores, spool=output.spool
+        )
 
-    shard_names = [names.shard_name(number, plan.shards) for number in range(plan.shards)]
-    _pack_shards(options, context, survey, plan, shard_names)
-    for path, _, stamp in context.record_files:
-        os.close(open_unchanged(path, stamp))
-    return _finish(context, promise, total, shard_names)
+    def numbers_of(shard: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return plan.order[plan.starts[shard] : plan.starts[shard + 1]]
+
+    def task(shard: int) -> ShardTask:
+        made = _task(survey, numbers_of(shard), opened.stores)
+        made = replace(made, name=shard_names[shard], position=before + int(plan.starts[shard]))
+        return replace(made, raw=_raw(context, made)) if options.engine == "ray" else made
+
+    job = Job(
+        what="packing",
+        execute=pack_shard,
+        context=context,
+        promise=promise,
+        plan=plan,
+        shard_names=shard_names,
+        task=task,
+        known=lambda shard: count_codes(survey.records[numbers_of(shard)]),
+        sources=[source.name for source in context.sources],
+        max_bad=options.max_bad,
+        fail_fast=_failing(context.policies),
+        base=base,
+        before_manifest=lambda: _require_unchanged(context),
+    )
+    engine = Engine(name=options.engine, workers=options.workers, ray_address=options.ray_address)
+    return carry_out(job, engine)
+
+
+def _files_of(manifest: Manifest) -> list[str]:
+    shards = [name for shard in manifest.shards for name in (shard.tar, shard.sidecar)]
+    return [*shards, names.INDEX, names.MANIFEST, names.QUARANTINE]
+
+
+def _failing(policies: Policies) -> frozenset[str]:
+    return frozenset(code for code, action in policies.chosen.items() if action == FAIL)
+
+
+def _require_unchanged(context: PackContext) -> None:
+    for source in context.sources:
+        os.close(open_unchanged(source.path, source.stamp))
 
 
 def _found(survey: Survey, plan: Plan) -> dict[str, Any]:
@@ -224,27 +412,36 @@ def _described(store: ImageStore) -> str:
     return f"{store.kind} {store.path}{holds}"
 
 
-def _require_good(options: PackOptions, survey: Survey, context: PackContext) -> None:
+def _require_good(
+    options: PackOptions, survey: Survey, context: PackContext, stores: Sequence[ImageStore]
+) -> None:
     """Stop before anything is written, when the survey already knows enough."""
     bad, total = survey.bad, len(survey.records)
     if not bad:
         return
+    policies = make_policies(options.policies, on_bad=options.on_bad)
+    fatal = [number for number, code in enumerate(("", *REASONS)) if code and policies.action(code) == FAIL]
+    numbers = np.flatnonzero(np.isin(survey.records["code"], fatal))
+    if len(numbers):
+        first = find_faults(context, _task(survey, numbers[:1], stores))
+        raise (
+            PackError(f"{describe(first[0])} (--on-bad fail, or --policy)")
+            if first
+            else PackError("a record cannot be packed (--on-bad fail, or --policy)")
+        )
     numbers = np.flatnonzero(survey.records["code"])
-    first = find_faults(context, _task(survey, numbers[:_EXAMPLES], "", 0))
-    if options.on_bad == "fail" and first:
-        raise PackError(f"{describe(first[0])} (--on-bad fail)")
-    examples = _examples(first)
+    first = find_faults(context, _task(survey, numbers[:EXAMPLES], stores))
     if bad.total() == total:
-        raise PackError(f"no record can be packed: {describe_counts(bad)}{examples}")
+        raise PackError(f"no record can be packed: {describe_counts(bad)}{examples(first)}")
     if bad.total() > allowed_bad(options.max_bad, records=total):
         raise PackError(
             f"{bad.total():,} of {total:,} records cannot be packed, more than --max-bad {options.max_bad} allows: "
-            f"{describe_counts(bad)}. This run wrote nothing. The first ones:{examples}"
+            f"{describe_counts(bad)}. This run wrote nothing. The first ones:{examples(first)}"
         )
 
 
 def _task(
-    survey: Survey, numbers: np.ndarray[Any, np.dtype[np.int64]], name: str, position: int
+    survey: Survey, numbers: np.ndarray[Any, np.dtype[np.int64]], stores: Sequence[ImageStore]
 ) -> ShardTask:
     records = survey.records[numbers]
     counts = records["images"].astype(np.int64)
@@ -252,112 +449,26 @@ def _task(
     rows = np.repeat(survey.first_image[numbers] - np.cumsum(counts) + counts, counts) + np.arange(
         counts.sum()
     )
-    return ShardTask(name, position, numbers, records, survey.images[rows])
-
-
-def _pack_shards(
-    options: PackOptions, context: PackContext, survey: Survey, plan: Plan, shard_names: Sequence[str]
-) -> None:
-    total = len(survey.records)
-    sizes = dict(zip(shard_names, np.diff(plan.starts).tolist(), strict=True))
-    limit = allowed_bad(options.max_bad, records=total)
-    bad = survey.bad
-
-    def numbers_of(shard: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return plan.order[plan.starts[shard] : plan.starts[shard + 1]]
-
-    def count(shard: int, set_aside: Counter[str]) -> None:
-        """The shard's own findings take the place of what the survey knew of it."""
-        bad.subtract(count_codes(survey.records[numbers_of(shard)]))
-        bad.update(set_aside)
-        if bad.total() > limit:
-            info = finished_shard(context.out, shard_names[shard], context.plan)
-            raise PackError(
-                f"{bad.total():,} of {total:,} records cannot be packed, more than --max-bad {options.max_bad} allows: "
-                f"{describe_counts(+bad)}. The same command with a higher --max-bad continues; or remove {context.out}, mend the"
-                f" records and pack anew. The last ones:{_examples(info.set_aside if info else ())}"
-            )
-
-    todo = []
-    for shard, name in enumerate(shard_names):
-        info = finished_shard(context.out, name, context.plan)
-        if info is None:
-            todo.append(shard)
-        else:
-            if context.fail and info.set_aside:
-                raise PackError(f"{describe(info.set_aside[0])} (--on-bad fail)")
-            count(shard, Counter(item.code for item in info.set_aside))
-    if len(todo) < plan.shards:
-        print(f"{plan.shards - len(todo)} of {plan.shards} shards are finished already", file=sys.stderr)
-    if not todo:
-        return
-
-    def tasks() -> Iterator[ShardTask]:
-        for shard in todo:
-            yield _task(survey, numbers_of(shard), shard_names[shard], int(plan.starts[shard]))
-
-    workers = options.workers or len(os.sched_getaffinity(0))
-    done = total - sum(sizes[shard_names[shard]] for shard in todo)
-    number = {name: shard for shard, name in enumerate(shard_names)}
-    try:
-        with Progress("packing", total=total, done=done) as progress:
-            packed = run_shards(context, tasks(), workers=min(workers, len(todo)), report=progress.advance)
-            for result in packed:
-                count(number[result.name], Counter(result.set_aside))
-    except KeyboardInterrupt:
-        print("\nfinished shards stay; the same command again continues", file=sys.stderr)
-        raise
-
-
-def _finish(context: PackContext, promise: Promise, total: int, shard_names: Sequence[str]) -> list[str]:
-    """Index, quarantine and manifest, each complete before it has its name, the manifest last; returns the summary."""
-    out = context.out
-    infos: list[ShardInfo] = []
-    shards: list[Shard] = []
-    rows = []
-    for number, tar in enumerate(shard_names):
-        info = finished_shard(out, tar, context.plan)
-        if info is None:
-            raise PackError(
-                f"{out}/{tar}: changed while the data set was packed; the same command again repairs it"
-            )
-        sidecar = os.path.join(out, names.sidecar_name(tar))
-        table = read_sidecar(sidecar, COLUMNS)
-        digest = xxhash.xxh3_128_hexdigest(Path(sidecar).read_bytes())
-        infos.append(info)
-        rows.append(index_rows(table, info, number))
-        shards.append(Shard(tar, names.sidecar_name(tar), table.num_rows, info.bytes, info.xxh3_128, digest))
-    counts = reconcile(total, sum(shard.samples for shard in shards), infos)
-    if not counts.packed:
-        examples = _examples(item for info in infos for item in info.set_aside)
-        raise PackError(f"no record could be packed: {describe_counts(counts.set_aside)}{examples}")
-
-    work = os.path.join(out, names.WORK_FOLDER)
-    index = os.path.join(work, names.INDEX)
-    write_index(index, rows)
-    digest = xxhash.xxh3_128_hexdigest(Path(index).read_bytes())
-    write_quarantine(
-        os.path.join(work, names.QUARANTINE), infos, [name for _, name, _ in context.record_files]
+    images = survey.images[rows]
+    listed = images[images["method"] == LISTED]
+    names_there = tuple(
+        stores[store].listed_name(number)
+        for store, number in zip(listed["store"].tolist(), listed["offset"].tolist(), strict=True)
     )
-    manifest = Manifest(promise.format_version, promise.settings, promise.sources, shards, digest, counts)
-    write_durably(os.path.join(work, names.MANIFEST), encode_manifest(manifest))
-    for name in (names.INDEX, names.QUARANTINE, names.MANIFEST):
-        os.rename(os.path.join(work, name), os.path.join(out, name))
-        sync_folder(out)
-    return _summary(shards, counts)
+    return ShardTask("", 0, numbers, records, images, names_there)
 
 
-def _summary(shards: Sequence[Shard], counts: Counts) -> list[str]:
-    size = sum(shard.bytes for shard in shards)
-    aside = sum(counts.set_aside.values())
-    reasons = f" ({describe_counts(counts.set_aside)}; see {names.QUARANTINE})" if aside else ""
-    lines = [
-        f"{len(shards)} shards, {size / 1e6:,.1f} MB",
-        f"{counts.records_in:,} records in = {counts.packed:,} packed + {aside:,} set aside{reasons}",
-    ]
-    return lines + ([f"kept, but worth knowing: {describe_counts(counts.notes)}"] if counts.notes else [])
-
-
-def _examples(items: Iterable[SetAside]) -> str:
-    """The first few records set aside, a line each."""
-    return "".join(f"\n  {describe(item)}" for item in islice(items, _EXAMPLES))
+def _raw(context: PackContext, task: ShardTask) -> bytes:
+    """The bytes of a task's records, for a process that may not reach their files."""
+    parts = []
+    descriptors: dict[int, int] = {}
+    try:
+        for file, offset, length in task.records[["file", "offset", "length"]].tolist():
+            if file not in descriptors:
+                source = context.sources[file]
+                descriptors[file] = open_unchanged(source.path, source.stamp)
+            parts.append(os.pread(descriptors[file], min(length, MAX_RECORD_BYTES + 1), offset))
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    return b"".join(parts)

@@ -1,7 +1,7 @@
-"""Executes one shard of a plan: reads its records and images, writes the tar and its sidecar. Knows no engine.
+"""Executes one shard of a plan: reads its records and images, writes the tar and its sidecar. Knows no engine and no kind of place.
 
-Any process that reaches the sources can do it: a task is small, picklable and complete, and its result is on disk when it is done. Both
-files are written in OUT/.packing and renamed, the sidecar last, so that a sidecar under its final name says that its shard is done.
+Any process that reaches sources and output can do it: a task is small, picklable and complete, and its result is in its place when it is
+done. The sidecar follows its tar, so that a sidecar under its final name says that its shard is done.
 """
 
 import json
@@ -11,20 +11,34 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from shardify.audit import describe
+from shardify.audit import FAIL, KEEP, Policies, describe
 from shardify.errors import FormatError, ImageError, PackError, RecordError, SampleError
 from shardify.format import names
 from shardify.format.index import MAX_IMAGES, MAX_SIZE
-from shardify.format.sidecar import ImageInfo, SampleRow, SetAside, ShardInfo, read_shard_info, write_sidecar
+from shardify.format.sidecar import ImageInfo, SetAside, ShardInfo, SidecarBuilder, read_shard_info
 from shardify.format.tar import ShardWriter, sample_span
 from shardify.images.probe import ImageHeader, probe, same_format
-from shardify.images.stores import MAX_IMAGE_BYTES, MISSING, ImageReader, Location
-from shardify.records import MAX_RECORD_BYTES, NO_ID, Sample, load_record, parse_record
+from shardify.images.resolve import Rule
+from shardify.images.stores import (
+    BY_PREFIX,
+    BY_STEM,
+    BY_SUFFIX,
+    LISTED,
+    MAX_IMAGE_BYTES,
+    MISSING,
+    ImageReader,
+    Location,
+)
+from shardify.outputs import Output
+from shardify.prepare import Prepared, prepare
+from shardify.quirks import conversation_notes, id_notes
+from shardify.readahead import read_ahead
+from shardify.records import MAX_RECORD_BYTES, ImageRef, load_record
 from shardify.sources.llava import Stamp, open_unchanged
 
 RECORD_DTYPE = np.dtype(
@@ -34,12 +48,18 @@ RECORD_DTYPE = np.dtype(
         ("span", "<i8"),  # bytes of its sample in a shard; 0 when it is known to be bad
         ("images", "<u4"),  # rows of image locations it has
         ("file", "<u2"),  # number of its file
+        ("notes", "<u2"),  # bits: ID_REPEATED, IMAGE_REPEATED, then the notes that its source gave it
         ("code", "u1"),  # why it is known to be bad, 0 when it is not
-        ("repeated", "?"),  # an earlier record has the same id
     ]
 )
 """What is kept of a record between the survey and its packing."""
 
+ID_REPEATED = 1
+IMAGE_REPEATED = 2
+SOURCE_NOTES = 2
+"""The first bit for what only a source knows."""
+
+_FOUND_BY = {BY_PREFIX: "image-by-prefix", BY_SUFFIX: "image-by-suffix", BY_STEM: "image-by-stem"}
 _SHOWN = 300  # characters of a name or detail that are kept of a record set aside
 _MAX_OPEN = 64  # record files at a time, of the thousands that there may be
 _REPORT_EVERY = 0.2  # seconds
@@ -48,29 +68,56 @@ Report = Callable[[int, int], None]
 """Is told now and then how many records have been packed or set aside, and bytes written, since it was told last."""
 
 
+class RecordSource(NamedTuple):
+    """A record file: where it is, what it is called, the number of its first record among all, and what it looked like."""
+
+    path: str
+    name: str
+    first: int
+    stamp: Stamp
+
+
 @dataclass(frozen=True, slots=True)
+class Shrink:
+    """Make larger pictures smaller: `shortest_edge` in pixels, `quality` as JPEG and WebP count it."""
+
+    shortest_edge: int
+    quality: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackContext:
     """What all tasks of a run share.
 
     Attributes:
-        out: the output folder.
+        output: where the shards go.
         plan: identifies the plan; written into every sidecar.
         digits: of a key.
-        record_files: path, name and stamp of each record file.
-        file_starts: the number of each file's first record among all records.
+        sources: the record files.
+        source_notes: the codes of the bits of a record's `notes`, from `SOURCE_NOTES` on.
         readers: one for each image store.
+        mounts: the stores' virtual folders.
+        rules: how paths are rewritten; a location has the number of its rule.
         searched: why an image is missing: the stores that do not hold it.
-        fail: stop at the first record that cannot be packed.
+        policies: what to do about each reason and note.
+        check: how images are checked: ``header``, ``decode`` or ``none``.
+        compress: ``zstd``, or empty.
+        shrink: make pictures smaller; None leaves their bytes alone.
     """
 
-    out: str
-    plan: str
+    output: Output
+    plan: str = ""
     digits: int
-    record_files: tuple[tuple[str, str, Stamp], ...]
-    file_starts: tuple[int, ...]
-    readers: tuple[ImageReader, ...]
-    searched: str
-    fail: bool
+    sources: tuple[RecordSource, ...]
+    source_notes: tuple[str, ...] = ()
+    readers: tuple[ImageReader, ...] = ()
+    mounts: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    searched: str = ""
+    policies: Policies = field(default_factory=Policies)
+    check: str = "header"
+    compress: str = ""
+    shrink: Shrink | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +130,8 @@ class ShardTask:
         numbers: int64 [n], the records' numbers among all records, in planned order.
         records: [n] of `RECORD_DTYPE`.
         images: [m] of `LOCATION_DTYPE`: the images of these records, one after another.
+        names: the names in their stores of the images that are located by listing, in the same order.
+        raw: the records' bytes, one after another, for a process that may not reach the record files; None to read them there.
     """
 
     name: str
@@ -90,6 +139,8 @@ class ShardTask:
     numbers: npt.NDArray[np.int64]
     records: npt.NDArray[np.void]
     images: npt.NDArray[np.void]
+    names: tuple[str, ...] = ()
+    raw: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +153,38 @@ class ShardResult:
     set_aside: dict[str, int]
 
 
-def finished_shard(out: str, tar_name: str, plan: str) -> ShardInfo | None:
-    """What the sidecar of a finished shard says; None when the shard is still to be packed."""
-    try:
-        info = read_shard_info(os.path.join(out, names.sidecar_name(tar_name)))
-        size = os.stat(os.path.join(out, tar_name)).st_size
-    except (FormatError, FileNotFoundError):
+class RunContext(Protocol):
+    """What every kind of run knows: where its shards go, and which plan they follow."""
+
+    @property
+    def output(self) -> Output: ...  # noqa: D102
+
+    @property
+    def plan(self) -> str: ...  # noqa: D102
+
+
+def finished_shard(context: RunContext, tar_name: str, *, size: int | None) -> ShardInfo | None:
+    """What the sidecar of a finished shard says; None when the shard is still to be packed.
+
+    Args:
+        context: the run.
+        tar_name: the shard.
+        size: its bytes, None when it is not there.
+    """
+    name = names.sidecar_name(tar_name)
+    file = context.output.open(name) if size is not None else None
+    if file is None:
         return None
-    return info if info.plan == plan and info.bytes == size else None
+    with file:
+        try:
+            info = read_shard_info(name, file=file)
+        except FormatError:
+            return None
+    return info if info.plan == context.plan and info.bytes == size else None
 
 
 def pack_shard(
-    context: PackContext, task: ShardTask, *, report: Report = lambda _records, _bytes: None
+    context: PackContext, task: ShardTask, report: Report = lambda _records, _bytes: None
 ) -> ShardResult:
     """Pack one shard.
 
@@ -123,29 +194,23 @@ def pack_shard(
         report: is told of all records of the task by its end.
 
     Raises:
-        PackError: a file cannot be written, or a record is bad and `context.fail` is set.
+        PackError: a file cannot be written, or a record is bad and its policy is to fail.
     """
-    sidecar_name = names.sidecar_name(task.name)
-    work = os.path.join(context.out, names.WORK_FOLDER)
-    tar, sidecar = os.path.join(work, task.name), os.path.join(work, sidecar_name)
     try:
-        with open(tar, "wb", buffering=0) as file:
-            writer = ShardWriter(file)
+        with context.output.create(task.name) as draft:
+            writer = ShardWriter(draft, compress=context.compress)
             content = _write_samples(context, task, writer, report)
             digest = writer.close()
-            os.fsync(file.fileno())
+            draft.commit()
         info = ShardInfo(
-            bytes=writer.offset,
+            bytes=writer.bytes,
             xxh3_128=digest,
             set_aside=content.set_aside,
             notes=dict(sorted(content.notes.items())),
             tolerant=content.tolerant,
             plan=context.plan,
         )
-        write_sidecar(sidecar, content.rows, info)
-        os.rename(tar, os.path.join(context.out, task.name))
-        os.rename(sidecar, os.path.join(context.out, sidecar_name))
-        sync_folder(context.out)
+        context.output.put(names.sidecar_name(task.name), content.rows.encode(writer.spans, info))
     except OSError as error:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         raise PackError(f"shard {task.name}: {where}{error.strerror or error}") from None
@@ -159,20 +224,11 @@ def find_faults(context: PackContext, task: ShardTask) -> list[SetAside]:
         return _write_samples(context, task, ShardWriter(nowhere), lambda _records, _bytes: None).set_aside
 
 
-def sync_folder(path: str) -> None:
-    """Flush a folder's entries to disk, so that a rename survives a loss of power."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 @dataclass(frozen=True, slots=True)
 class _Content:
     """What is known of a shard beside its tar."""
 
-    rows: list[SampleRow] = field(default_factory=list)
+    rows: SidecarBuilder = field(default_factory=SidecarBuilder)
     set_aside: list[SetAside] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     tolerant: list[int] = field(default_factory=list)
@@ -187,125 +243,249 @@ class _BadImage(Exception):  # noqa: N818 - never leaves this module
         self.path = path
 
 
-def _write_samples(context: PackContext, task: ShardTask, writer: ShardWriter, report: Report) -> _Content:
-    content = _Content()
-    locations = iter(task.images.tolist())
-    for position, record, raw in _reported(_read_records(context, task), writer, report):
-        rows = list(islice(locations, record.images))
-        sample: Sample | None = None
-        try:
-            sample = parse_record(raw)
-            sizes = [size for _, _, size, *_ in rows]
-            if max(sizes, default=0) <= MAX_IMAGE_BYTES:  # otherwise it is that image's fault
-                _check_span(sizes, raw)  # before so much is read
-            images = _read_images(context, sample, rows)
-            _check_span([len(data) for data, _ in images], raw)
-        except _BadImage as fault:
-            content.set_aside.append(
-                _set_aside(context, record, raw, fault.error, sample=sample, image=fault.path)
-            )
-            continue
-        except SampleError as error:
-            content.set_aside.append(_set_aside(context, record, raw, error, sample=sample))
-            continue
-
-        key = names.sample_key(position, context.digits)
-        start = writer.offset
-        members, infos = [], []
-        for number, (data, header) in enumerate(images):
-            name = names.image_field(number, header.format, is_list=sample.image_is_list)
-            members.append(writer.add(key, name, data))
-            infos.append(ImageInfo(name, header.format, header.width, header.height))
-        members.append(writer.add(key, "json", raw))
-        if not sample.strict:
-            content.tolerant.append(len(content.rows))
-        content.notes.update(_notes(sample, images, repeated=record.repeated))
-        content.rows.append(
-            SampleRow(
-                key=key,
-                id=sample.id,
-                record=record.number,
-                offset=start,
-                size=writer.offset - start,
-                members=members,
-                images=infos,
-                turns=len(sample.turns),
-                words=sample.words,
-                source=record.source,
-            )
-        )
-    return content
-
-
 class _Record(NamedTuple):
+    """A record of the shard: where it is planned, where it came from, and its bytes."""
+
+    position: int
     number: int  # in its source
     offset: int  # there
     length: int
     source: str
-    images: int
-    repeated: bool
+    notes: int
+    raw: bytes
 
 
-def _read_records(context: PackContext, task: ShardTask) -> Iterator[tuple[int, _Record, bytes]]:
-    """Position, whereabouts and bytes of each record of the shard."""
-    fields = task.records[["offset", "length", "images", "file", "repeated"]].tolist()
+class _Image(NamedTuple):
+    """An image of the shard, located."""
+
+    store: int
+    name: str  # in the store
+    how: int
+    location: Location
+
+
+class _Candidate(NamedTuple):
+    """A record before its images are read, or what is wrong with it already."""
+
+    record: _Record
+    prepared: Prepared | None
+    images: list[_Image]
+    notes: list[str]
+    error: SampleError | _BadImage | None
+
+
+class _Picture(NamedTuple):
+    """An image that was read."""
+
+    data: bytes
+    header: ImageHeader
+    notes: tuple[str, ...]
+
+
+def _write_samples(context: PackContext, task: ShardTask, writer: ShardWriter, report: Report) -> _Content:
+    content = _Content()
+    candidates = _candidates(context, task)
+    read = read_ahead(lambda candidate: _read_images(context, candidate), candidates, size=_image_bytes)
+    for candidate, images in _reported(read, writer, report):
+        record, prepared = candidate.record, candidate.prepared
+        try:
+            if isinstance(images, Exception):
+                raise images
+            assert prepared is not None
+            notes = [*candidate.notes, *_image_notes(candidate, images)]
+            _judge(context.policies, notes)
+            _check_span([len(image.data) for image in images], prepared.raw)
+        except _BadImage as fault:
+            content.set_aside.append(_set_aside(context, candidate, fault.error, image=fault.path))
+            continue
+        except SampleError as error:
+            content.set_aside.append(_set_aside(context, candidate, error))
+            continue
+
+        sample = prepared.sample
+        key = names.sample_key(record.position, context.digits)
+        members, infos = [], []
+        for number, (data, header, _) in enumerate(images):
+            name = names.image_field(number, header.format, is_list=sample.image_is_list)
+            members.append(writer.add(key, name, data))
+            infos.append(ImageInfo(name, header.format, header.width, header.height))
+        members.append(writer.add(key, names.RECORD_FIELD, prepared.raw))
+        writer.end_sample()
+        if not sample.strict:
+            content.tolerant.append(len(content.rows))
+        content.notes.update(dict.fromkeys(notes, 1))
+        content.rows.add(
+            key=key,
+            id=sample.id,
+            record=record.number,
+            members=members,
+            images=infos,
+            turns=len(sample.turns),
+            words=sample.words,
+            source=record.source,
+        )
+    return content
+
+
+def _candidates(context: PackContext, task: ShardTask) -> Iterator[_Candidate]:
+    """The shard's records in order, each with where its images are."""
+    locations = zip(task.images.tolist(), _listed(task), strict=True)
+    for record, count in _read_records(context, task):
+        rows = list(islice(locations, count))
+        prepared, images, notes = None, [], []
+        error: SampleError | _BadImage | None = None
+        try:
+            prepared = prepare(record.raw)
+            notes = _record_notes(context, record, prepared)
+            _judge(context.policies, notes)
+            sizes = [row[2] for row, _ in rows]
+            if max(sizes, default=0) <= MAX_IMAGE_BYTES:  # otherwise it is that image's fault
+                _check_span(sizes, prepared.raw)  # before so much is read
+            images = _locate(context, prepared.sample.images, rows)
+        except (SampleError, _BadImage) as fault:
+            error = fault
+        yield _Candidate(record, prepared, images, notes, error)
+
+
+def _listed(task: ShardTask) -> Iterator[str]:
+    """For each image its name in its store, empty where the record's own path says it."""
+    listed = iter(task.names)
+    for method in task.images["method"].tolist():
+        yield next(listed) if method == LISTED else ""
+
+
+def _read_records(context: PackContext, task: ShardTask) -> Iterator[tuple[_Record, int]]:
+    """The records of the shard, and how many image locations each has."""
+    fields = task.records[["offset", "length", "images", "file", "notes"]].tolist()
     descriptors: dict[int, int] = {}  # the one used last at the end
+    taken = 0  # of `raw`
     try:
-        for position, number, (offset, length, images, file, repeated) in zip(
+        for position, number, (offset, length, images, file, notes) in zip(
             range(task.position, task.position + len(fields)), task.numbers.tolist(), fields, strict=True
         ):
-            path, name, stamp = context.record_files[file]
-            descriptor = descriptors.pop(file, None)
-            if descriptor is None:
-                if len(descriptors) == _MAX_OPEN:
-                    os.close(descriptors.pop(next(iter(descriptors))))
-                descriptor = open_unchanged(path, stamp)
-            descriptors[file] = descriptor
+            source = context.sources[file]
             size = min(length, MAX_RECORD_BYTES + 1)  # longer ones are refused by their length
-            raw = os.pread(descriptor, size, offset)
+            if task.raw is not None:
+                raw = task.raw[taken : taken + size]
+                taken += size
+            else:
+                descriptor = descriptors.pop(file, None)
+                if descriptor is None:
+                    if len(descriptors) == _MAX_OPEN:
+                        os.close(descriptors.pop(next(iter(descriptors))))
+                    descriptor = open_unchanged(source.path, source.stamp)
+                descriptors[file] = descriptor
+                raw = os.pread(descriptor, size, offset)
             if len(raw) < size:
-                raise PackError(f"{path}: has become shorter while it was packed")
-            number_there = number - context.file_starts[file]
-            yield position, _Record(number_there, offset, length, name, images, repeated), raw
+                raise PackError(f"{source.path}: has become shorter while it was packed")
+            record = _Record(position, number - source.first, offset, length, source.name, notes, raw)
+            yield record, images
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
 
 
-def _reported(
-    records: Iterator[tuple[int, _Record, bytes]], writer: ShardWriter, report: Report
-) -> Iterator[tuple[int, _Record, bytes]]:
-    """The records; tells how many of them are done."""
-    done, told, size = 0, time.monotonic(), writer.offset
-    for record in records:
-        yield record
-        done += 1
-        if (now := time.monotonic()) - told >= _REPORT_EVERY:
-            report(done, writer.offset - size)
-            done, told, size = 0, now, writer.offset
-    report(done, writer.offset - size)
+def _record_notes(context: PackContext, record: _Record, prepared: Prepared) -> list[str]:
+    sample = prepared.sample
+    notes = [*prepared.notes, *id_notes(sample.id)]
+    if record.notes & ID_REPEATED:
+        notes.append("id-repeated")
+    if record.notes & IMAGE_REPEATED:
+        notes.append("image-repeated")
+    if record.notes >> SOURCE_NOTES:
+        notes += [
+            code for bit, code in enumerate(context.source_notes, SOURCE_NOTES) if record.notes & 1 << bit
+        ]
+    notes += conversation_notes(sample)
+    if not sample.strict:
+        notes.append("record-tolerant")
+    return notes
 
 
-def _read_images(
-    context: PackContext, sample: Sample, rows: list[tuple[int, ...]]
-) -> list[tuple[bytes, ImageHeader]]:
-    """The bytes and headers of a sample's images, located by rows of `LOCATION_DTYPE`."""
-    images: list[tuple[bytes, ImageHeader]] = []
-    path = ""
-    try:
-        paths = []
-        for image, row in zip(sample.images, rows, strict=True):
-            path = image.path
-            paths.append("/".join(image.parts()))
-            if row[5] == MISSING:
+def _judge(policies: Policies, notes: list[str]) -> None:
+    """Raise the first note that is not to be kept."""
+    for code in notes if policies.chosen else ():
+        if policies.action(code) != KEEP:
+            raise RecordError(code, "not kept, by --policy")
+
+
+def _locate(
+    context: PackContext, references: tuple[ImageRef, ...], rows: list[tuple[tuple[int, ...], str]]
+) -> list[_Image]:
+    """A sample's images, located by rows of `LOCATION_DTYPE` and listed names."""
+    located = []
+    for reference, (row, listed) in zip(references, rows, strict=True):
+        *location, store, rule, how = row
+        try:
+            path = "/".join(reference.parts())
+            if store == MISSING:
                 raise ImageError("image-missing", context.searched)
-        for image, inside, (*location, store, _, _) in zip(sample.images, paths, rows, strict=True):
-            path = image.path
-            data = context.readers[store].read(inside, Location(*location))
-            images.append((data, probe(data)))
-    except SampleError as error:
-        raise _BadImage(error, path) from None
-    return images
+        except SampleError as error:
+            raise _BadImage(error, reference.path) from None
+        name = listed or name_in_store(path, context.rules[rule], context.mounts[store])
+        located.append(_Image(store, name, how, Location(*location)))
+    return located
+
+
+def name_in_store(path: str, rule: Rule, mount: str) -> str:
+    """An image's path inside of its store, from the path in the record and how that was rewritten."""
+    if rule.old or rule.new:
+        path = rule.new + path.removeprefix(rule.old)
+    return path.removeprefix(f"{mount}/") if mount else path
+
+
+def _image_bytes(candidate: _Candidate) -> int:
+    return sum(image.location.size for image in candidate.images)
+
+
+def _read_images(context: PackContext, candidate: _Candidate) -> list[_Picture] | SampleError | _BadImage:
+    """The images' bytes and headers, or why there are none. Runs in any thread."""
+    if candidate.error is not None:
+        return candidate.error
+    assert candidate.prepared is not None
+    pictures = []
+    for image, reference in zip(candidate.images, candidate.prepared.sample.images, strict=True):
+        try:
+            data = context.readers[image.store].read(image.name, image.location)
+            pictures.append(_picture(context, data))
+        except SampleError as error:
+            return _BadImage(error, reference.path)
+    return pictures
+
+
+def _picture(context: PackContext, data: bytes) -> _Picture:
+    try:
+        header = probe(data, check=context.check)
+        notes = header.traits
+    except ImageError as error:
+        if context.policies.action(error.code) != KEEP:
+            raise
+        header = probe(data, check="none")
+        notes = (error.code, *header.traits)
+    if context.shrink:
+        from shardify.images.shrink import shrink
+
+        smaller = shrink(
+            data, header, shortest_edge=context.shrink.shortest_edge, quality=context.shrink.quality
+        )
+        if smaller:
+            data, header = smaller
+            return _Picture(data, header, (*notes, "image-shrunk"))
+    return _Picture(data, header, notes)
+
+
+def _image_notes(candidate: _Candidate, pictures: list[_Picture]) -> list[str]:
+    assert candidate.prepared is not None
+    notes = []
+    references = candidate.prepared.sample.images
+    for image, reference, picture in zip(candidate.images, references, pictures, strict=True):
+        if image.how:
+            notes.append(_FOUND_BY[image.how])
+        stem, dot, extension = reference.parts()[-1].rpartition(".")
+        if stem and dot and not same_format(extension, picture.header.format):
+            notes.append("image-extension-differs")
+        notes += picture.notes
+    return notes
 
 
 def _check_span(sizes: list[int], raw: bytes) -> None:
@@ -314,35 +494,29 @@ def _check_span(sizes: list[int], raw: bytes) -> None:
         raise RecordError("sample-too-large", f"{span} bytes, {len(sizes)} images")
 
 
-def _notes(sample: Sample, images: list[tuple[bytes, ImageHeader]], *, repeated: bool) -> list[str]:
-    notes = []
-    if sample.id in NO_ID:
-        notes.append("id-missing")
-    elif repeated:
-        notes.append("id-repeated")
-    for image, (_, header) in zip(sample.images, images, strict=True):
-        stem, dot, extension = image.parts()[-1].rpartition(".")
-        if stem and dot and not same_format(extension, header.format):
-            notes.append("image-extension-differs")
-            break
-    if not sample.strict:
-        notes.append("record-tolerant")
-    return notes
+_Read = tuple[_Candidate, list[_Picture] | SampleError | _BadImage]
+
+
+def _reported(read: Iterator[_Read], writer: ShardWriter, report: Report) -> Iterator[_Read]:
+    """What was read; tells how much of it is done."""
+    done, told, size = 0, time.monotonic(), writer.offset
+    for item in read:
+        yield item
+        done += 1
+        if (now := time.monotonic()) - told >= _REPORT_EVERY:
+            report(done, writer.offset - size)
+            done, told, size = 0, now, writer.offset
+    report(done, writer.offset - size)
 
 
 def _set_aside(
-    context: PackContext,
-    record: _Record,
-    raw: bytes,
-    error: SampleError,
-    *,
-    sample: Sample | None = None,
-    image: str | None = None,
+    context: PackContext, candidate: _Candidate, error: SampleError, *, image: str | None = None
 ) -> SetAside:
+    record, prepared = candidate.record, candidate.prepared
     detail = error.detail
     if error.code == "record-not-json":  # it may be two that an open quote has made one
         detail += f"; {record.length} bytes, from byte {record.offset} of the file"
-    id_ = sample.id if sample else _id_of(raw)
+    id_ = prepared.sample.id if prepared else _id_of(record.raw)
     item = SetAside(
         record=record.number,
         source=record.source,
@@ -351,8 +525,8 @@ def _set_aside(
         detail=_printable(detail),
         image=None if image is None else _printable(image),
     )
-    if context.fail:
-        raise PackError(f"{describe(item)} (--on-bad fail)")
+    if context.policies.action(error.code) == FAIL:
+        raise PackError(f"{describe(item)} (--on-bad fail, or --policy {error.code}=fail)")
     return item
 
 

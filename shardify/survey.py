@@ -11,27 +11,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from shardify.audit import REASONS
-from shardify.errors import RecordError, SampleError, SourceError
+from shardify.errors import RecordError, SampleError, SourceError, UsageError
 from shardify.format.index import MAX_IMAGES, MAX_SIZE
 from shardify.format.tar import sample_span
-from shardify.images.stores import (
-    LOCATION_DTYPE,
-    MAX_IMAGE_BYTES,
-    MISSING,
-    PLAIN_FILE,
-    READABLE_METHODS,
-    UNSEEN,
-    ImageStore,
-    Location,
-)
-from shardify.pack import RECORD_DTYPE
-from shardify.records import MAX_RECORD_BYTES, NO_ID, ImageRef, load_record, parse_record
+from shardify.images.resolve import Resolver
+from shardify.images.spool import SPOOLED
+from shardify.images.stores import EXACT, LOCATION_DTYPE, MISSING
+from shardify.pack import ID_REPEATED, IMAGE_REPEATED, RECORD_DTYPE, SOURCE_NOTES
+from shardify.prepare import prepare
+from shardify.records import MAX_RECORD_BYTES, NO_ID, load_record
 from shardify.sources.llava import RecordFile, open_unchanged
 
 _BATCH = 4096  # records read together,
@@ -53,12 +48,14 @@ class Survey:
         images: [M] of `LOCATION_DTYPE`, record after record.
         first_image: int64 [N], the row of each record's first image.
         looked_for: the first image paths that were not found.
+        source_notes: the codes of the bits in a record's `notes`, from `SOURCE_NOTES` on.
     """
 
     records: npt.NDArray[np.void]
     images: npt.NDArray[np.void]
     first_image: npt.NDArray[np.int64]
     looked_for: tuple[str, ...]
+    source_notes: tuple[str, ...]
 
     @property
     def bad(self) -> Counter[str]:
@@ -74,40 +71,104 @@ def count_codes(records: npt.NDArray[np.void]) -> Counter[str]:
 
 def survey_records(
     files: Sequence[RecordFile],
-    stores: Sequence[ImageStore],
+    resolver: Resolver,
     *,
+    embedded_store: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Survey:
-    """Survey all records of `files`; images are looked for in `stores`, in their order.
+    """Survey all records of `files`.
 
     Args:
         files: where the records are.
-        stores: where the images may be.
+        resolver: finds their images; file number i goes by its prefix map i.
+        embedded_store: the store number of the first file that brings its images along; the second one has the next number, and so on.
         progress: is told how many more records are done.
+
+    Raises:
+        SourceError: a file has changed, or holds records that an unclosed text has swallowed.
     """
     total = sum(len(file.offsets) for file in files)
     records = np.zeros(total, dtype=RECORD_DTYPE)
     ids = np.zeros(total, dtype=np.uint64)
     images: list[npt.NDArray[np.void]] = []
+    hashes: list[npt.NDArray[np.uint64]] = []
     looked_for: list[str] = []
     start = 0
     for number, file in enumerate(files):
         rows = records[start : start + len(file.offsets)]
         rows["offset"], rows["length"], rows["file"] = file.offsets, file.lengths, number
+        brought = _Brought(file, embedded_store) if file.embedded else None
+        embedded_store += brought is not None
         for first, raws in _batches(file):
             batch = slice(first, first + len(raws))
-            images.append(_survey_batch(raws, rows[batch], ids[start:][batch], stores, looked_for))
+            found = _survey_batch(
+                raws,
+                rows=rows[batch],
+                ids=ids[start:][batch],
+                resolver=resolver,
+                source=number,
+                brought=brought,
+                looked_for=looked_for,
+            )
+            images.append(found.rows)
+            hashes.append(found.hashes)
             _refuse_swallowed(file, first, raws, rows[batch])
             progress(len(raws))
         start += len(file.offsets)
-    _mark_repeated(records, ids)
+    _mark_repeated(records, ids, ID_REPEATED)
     counts = records["images"].astype(np.int64)
+    if hashes:
+        _mark_repeated_images(records, counts, np.concatenate(hashes))
     return Survey(
         records=records,
         images=np.concatenate(images) if images else np.zeros(0, LOCATION_DTYPE),
         first_image=np.cumsum(counts) - counts,
         looked_for=tuple(looked_for),
+        source_notes=_take_notes(files, records),
     )
+
+
+class _Brought:
+    """The images that come with the records of a file, drawn in order."""
+
+    def __init__(self, file: RecordFile, store: int) -> None:
+        assert file.embedded is not None
+        self._places, self._counts = file.embedded.places, file.embedded.counts
+        self._path, self._store = file.path, store
+        self._reach = np.concatenate([[0], np.cumsum(self._counts)])
+        self._record = 0
+
+    def draw(self, counts: Sequence[int | None]) -> npt.NDArray[np.void]:
+        """The locations of the next records' images; None for a record that cannot be read."""
+        first = self._record
+        self._record += len(counts)
+        picked = []
+        for number, count in enumerate(counts, first):
+            if count is None:
+                continue
+            if count != self._counts[number]:
+                raise SourceError(
+                    f"{self._path}: record {number} names {count} images, but {self._counts[number]} came with it"
+                )
+            picked.append(np.arange(self._reach[number], self._reach[number + 1]))
+        places = self._places[np.concatenate(picked)] if picked else self._places[:0]
+        rows = np.zeros(len(places), dtype=LOCATION_DTYPE)
+        rows["offset"], rows["size"], rows["stored"] = places[:, 0], places[:, 1], places[:, 1]
+        rows["method"], rows["store"], rows["how"] = SPOOLED, self._store, EXACT
+        return rows
+
+
+def _take_notes(files: Sequence[RecordFile], records: npt.NDArray[np.void]) -> tuple[str, ...]:
+    """Set the bits of what only the sources know; returns their codes."""
+    codes = tuple(dict.fromkeys(code for file in files for code in file.notes))
+    if len(codes) + SOURCE_NOTES > np.iinfo(RECORD_DTYPE["notes"]).bits:
+        raise UsageError(f"too many kinds of notes from the sources: {', '.join(codes)}")
+    start = 0
+    for file in files:
+        for code, numbers in file.notes.items():
+            records["notes"][start + numbers] |= 1 << codes.index(code) + SOURCE_NOTES
+        start += len(file.offsets)
+    return codes
 
 
 def _batches(file: RecordFile) -> Iterator[tuple[int, list[bytes]]]:
@@ -131,80 +192,78 @@ def _batches(file: RecordFile) -> Iterator[tuple[int, list[bytes]]]:
     os.close(open_unchanged(file.path, file.stamp))
 
 
+class _Located(NamedTuple):
+    rows: npt.NDArray[np.void]
+    hashes: npt.NDArray[np.uint64]  # of the images' names or places
+
+
 def _survey_batch(
     raws: list[bytes],
+    *,
     rows: npt.NDArray[np.void],
     ids: npt.NDArray[np.uint64],
-    stores: Sequence[ImageStore],
+    resolver: Resolver,
+    source: int,
+    brought: _Brought | None,
     looked_for: list[str],
-) -> npt.NDArray[np.void]:
+) -> _Located:
     """Fill the records' rows and ids; returns the locations of their images."""
     codes = [0] * len(raws)
-    references: list[ImageRef] = []
+    lengths = [len(raw) for raw in raws]
+    counts: list[int | None] = [None] * len(raws)
+    paths: list[str] = []
     owners: list[int] = []
     for number, raw in enumerate(raws):
         try:
-            sample = parse_record(raw)
+            prepared = prepare(raw)
         except SampleError as error:
             codes[number] = _CODES.index(error.code)
             continue
+        sample = prepared.sample
+        lengths[number] = len(prepared.raw)
         if sample.id not in NO_ID:
             ids[number] = xxhash.xxh3_64_intdigest(_same_id(sample.id).encode())
-        references.extend(sample.images)
+        counts[number] = len(sample.images)
+        paths.extend([image.path for image in sample.images])
         owners.extend([number] * len(sample.images))
 
-    located, faults = locate_images(references, stores)
-    sizes: list[list[int]] = [[len(raw)] for raw in raws]
-    for owner, reference, size, fault in zip(
-        owners, references, located["size"].tolist(), faults, strict=True
-    ):
+    if brought is not None:
+        located, faults = brought.draw(counts), [""] * len(paths)
+    else:
+        found = resolver.locate(paths, source)
+        located, faults = found.rows, found.codes
+    sizes: list[list[int]] = [[length] for length in lengths]
+    for owner, path, size, fault in zip(owners, paths, located["size"].tolist(), faults, strict=True):
         sizes[owner].append(size)
         if fault and not codes[owner]:
             codes[owner] = _CODES.index(fault)
         if fault == "image-missing" and len(looked_for) < _EXAMPLES:
-            looked_for.append(reference.path[:_SHOWN])
+            looked_for.append(path[:_SHOWN])
     for number, size in enumerate(sizes):
         if not codes[number] and (sample_span(size) > MAX_SIZE or len(size) - 1 > MAX_IMAGES):
             codes[number] = _CODES.index("sample-too-large")
     rows["code"] = codes
     rows["span"] = [0 if code else sample_span(size) for code, size in zip(codes, sizes, strict=True)]
     rows["images"] = np.bincount(owners, minlength=len(raws)) if owners else 0
-    return located
+    return _Located(located, _image_hashes(paths, located))
 
 
-def locate_images(
-    references: Sequence[ImageRef], stores: Sequence[ImageStore]
-) -> tuple[npt.NDArray[np.void], list[str]]:
-    """Look for images in stores, in the stores' order.
-
-    Returns:
-        [len(references)] of `LOCATION_DTYPE`, and for each image the reason code of its fault, empty when it was found.
-    """
-    rows = np.zeros(len(references), dtype=LOCATION_DTYPE)
-    rows["store"] = MISSING
-    faults = ["image-missing"] * len(references)
-    paths: dict[int, tuple[str, ...]] = {}
-    for number, reference in enumerate(references):
-        try:
-            paths[number] = reference.parts()
-        except SampleError as error:
-            faults[number] = error.code
-    for store_number, store in enumerate(stores):
-        wanted = list(paths)
-        for number, location in zip(wanted, store.locate([paths[n] for n in wanted]), strict=True):
-            if location is not None:
-                rows[number] = (*location, store_number, 0, 0)
-                faults[number] = _fault_of(location)
-                if location.method != UNSEEN:
-                    del paths[number]
-    return rows, faults
-
-
-def _fault_of(location: Location) -> str:
-    """What is wrong with an image that is there, as far as its whereabouts say."""
-    if location.method not in (PLAIN_FILE, UNSEEN, *READABLE_METHODS):
-        return "image-unreadable"
-    return "image-too-large" if max(location.size, location.stored) > MAX_IMAGE_BYTES else ""
+def _image_hashes(paths: Sequence[str], located: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
+    """Equal for equal images as far as their names or places say; 0 for what was not found."""
+    in_archive = (located["offset"] > 0) | (located["method"] == SPOOLED)
+    hashes = np.array(
+        [
+            xxhash.xxh3_64_intdigest(
+                b"%d:%d" % (store, offset) if known else path.encode("utf-8", "surrogatepass")
+            )
+            for path, store, offset, known in zip(
+                paths, located["store"].tolist(), located["offset"].tolist(), in_archive.tolist(), strict=True
+            )
+        ],
+        dtype=np.uint64,
+    )
+    hashes[located["store"] == MISSING] = 0
+    return hashes
 
 
 def _same_id(text: str) -> str:
@@ -250,7 +309,23 @@ def _holds_records(raw: bytes) -> bool:
     return False
 
 
-def _mark_repeated(records: npt.NDArray[np.void], ids: npt.NDArray[np.uint64]) -> None:
-    order = np.argsort(ids, kind="stable")
-    again = ids[order[1:]] == ids[order[:-1]]
-    records["repeated"][order[1:]] = again & (ids[order[1:]] != 0)
+def _mark_repeated(records: npt.NDArray[np.void], hashes: npt.NDArray[np.uint64], bit: int) -> None:
+    records["notes"][_again(hashes)] |= bit
+
+
+def _mark_repeated_images(
+    records: npt.NDArray[np.void], counts: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]
+) -> None:
+    owners = np.repeat(np.arange(len(counts)), counts)
+    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    # a record that has one image twice does not count for that alone
+    again = (owners[first][which] != owners) & (hashes != 0)
+    records["notes"][owners[again]] |= IMAGE_REPEATED
+
+
+def _again(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Where a value stands that has stood before; 0 is none."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    again: npt.NDArray[np.int64] = order[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)]
+    return again

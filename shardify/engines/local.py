@@ -1,37 +1,52 @@
-"""Shards packed by processes of this machine."""
+"""Shards made by processes of this machine."""
 
 import ctypes
 import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
+from typing import Any, Protocol, TypeVar
 
 from shardify.errors import PackError
-from shardify.pack import PackContext, Report, ShardResult, ShardTask, pack_shard
+from shardify.pack import Report, RunContext, ShardResult
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+class Task(Protocol):
+    """A shard to make."""
+
+    @property
+    def name(self) -> str:
+        """The tar's name."""
+
+
+_Context = TypeVar("_Context", bound=RunContext)
+_Task = TypeVar("_Task", bound=Task)
+
+
 def run_shards(
-    context: PackContext,
-    tasks: Iterable[ShardTask],
+    execute: Callable[[_Context, _Task, Report], ShardResult],
+    context: _Context,
+    tasks: Iterable[_Task],
     *,
     workers: int,
     report: Report = lambda _records, _bytes: None,
 ) -> Iterator[ShardResult]:
-    """Pack all shards, `workers` at a time.
+    """Make all shards, `workers` at a time.
 
     Tasks are drawn as workers become free. Workers die with this process; closing the iterator ends them.
 
     Args:
+        execute: makes one shard: `shardify.pack.pack_shard`, say.
         context: what all tasks share.
         tasks: the shards.
-        workers: processes; 1 packs in this one.
+        workers: processes; 1 works in this one, unless the output is remote.
         report: is told how far the shards are, several times a second for each worker.
 
     Yields:
@@ -40,9 +55,9 @@ def run_shards(
     Raises:
         PackError: a shard failed, or its worker was killed.
     """
-    if workers == 1:
+    if workers == 1 and not context.output.is_remote:
         for task in tasks:
-            yield pack_shard(context, task, report=report)
+            yield execute(context, task, report)
         return
     pool: dict[Connection, ForkProcess] = {}
     busy: dict[Connection, str] = {}
@@ -52,7 +67,7 @@ def run_shards(
         method = multiprocessing.get_context("fork")
         for task in waiting:
             here, there = method.Pipe()
-            process = method.Process(target=_work, args=(there, context, os.getpid()), daemon=True)
+            process = method.Process(target=_work, args=(there, execute, context, os.getpid()), daemon=True)
             start_worker(process)
             there.close()
             pool[here] = process
@@ -91,7 +106,7 @@ def start_worker(process: ForkProcess) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _send(connection: Connection, task: ShardTask) -> str:
+def _send(connection: Connection, task: Task) -> str:
     with suppress(BrokenPipeError):  # the worker is dead: receiving from it says so
         connection.send(task)
     return task.name
@@ -106,14 +121,19 @@ def _receive(connection: Connection, process: ForkProcess, shard: str) -> ShardR
         code = process.exitcode or 0
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
         raise PackError(
-            f"the worker that packed {shard} was ended {how} (out of memory?); the same command again continues"
+            f"the worker that made {shard} was ended {how} (out of memory?); the same command again continues"
         ) from None
     if isinstance(message, Exception):
         raise message
     return message
 
 
-def _work(connection: Connection, context: PackContext, parent: int) -> None:
+def _work(
+    connection: Connection,
+    execute: Callable[[Any, Any, Report], ShardResult],
+    context: RunContext,
+    parent: int,
+) -> None:
     _die_with(parent)
     while True:
         try:
@@ -121,11 +141,11 @@ def _work(connection: Connection, context: PackContext, parent: int) -> None:
         except EOFError:
             return
         try:
-            result: ShardResult | Exception = pack_shard(
-                context, task, report=lambda records, size: connection.send((records, size))
+            result: ShardResult | Exception = execute(
+                context, task, lambda records, size: connection.send((records, size))
             )
         except Exception as error:  # noqa: BLE001 - raised again by the parent
-            error.add_note(f"in the worker that packed {task.name}:\n{traceback.format_exc()}")
+            error.add_note(f"in the worker that made {task.name}:\n{traceback.format_exc()}")
             result = error
         connection.send(result)
 

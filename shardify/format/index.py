@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -59,13 +60,18 @@ def index_rows(table: pa.Table, info: ShardInfo, shard: int) -> npt.NDArray[np.v
     return rows
 
 
-def write_index(path: str | os.PathLike[str], parts: Iterable[npt.NDArray[np.void]]) -> None:
-    """Write index.npy from the rows of each shard, in order, and flush it to disk."""
+class _Sink(Protocol):
+    def write(self, data: Any, /) -> int | None: ...
+
+
+def write_index(sink: _Sink, parts: Iterable[npt.NDArray[np.void]]) -> None:
+    """Write the content of index.npy from the rows of each shard, in order."""
     rows = list(parts)
-    with open(path, "wb") as file:
-        np.save(file, np.concatenate(rows) if rows else np.zeros(0, INDEX_DTYPE), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
+    np.lib.format.write_array(
+        sink,
+        np.concatenate(rows) if rows else np.zeros(0, INDEX_DTYPE),
+        allow_pickle=False,
+    )
 
 
 def read_index(path: str | os.PathLike[str], *, samples: int) -> npt.NDArray[np.void]:

@@ -51,8 +51,27 @@ class Counts(msgspec.Struct, frozen=True):
     notes: dict[str, int]
 
 
-class Manifest(msgspec.Struct, frozen=True):
-    """The whole file. `index_xxh3_128` is the hash of index.npy, hexadecimal."""
+class Append(msgspec.Struct, frozen=True):
+    """Records that were added to a finished set: how, from what, from which shard on, and what became of them."""
+
+    settings: dict[str, Any]
+    sources: list[Source]
+    first_shard: int
+    counts: Counts
+
+
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The whole file.
+
+    Attributes:
+        format_version: of all files of the set.
+        settings: that shaped the bytes of the first shards, before anything was added.
+        sources: likewise.
+        shards: all of them.
+        index_xxh3_128: the hash of index.npy, hexadecimal.
+        counts: over all shards.
+        appends: what was added later, in its order.
+    """
 
     format_version: int
     settings: dict[str, Any]
@@ -60,6 +79,7 @@ class Manifest(msgspec.Struct, frozen=True):
     shards: list[Shard]
     index_xxh3_128: str
     counts: Counts
+    appends: list[Append] = []
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

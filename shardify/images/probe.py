@@ -53,9 +53,10 @@ class ImageHeader:
     format: str
     width: int
     height: int
+    traits: tuple[str, ...] = ()
 
 
-def probe(data: bytes | memoryview) -> ImageHeader:
+def probe(data: bytes | memoryview, *, check: str = "header") -> ImageHeader:
     """Read an image's header.
 
     Args:
@@ -89,7 +90,7 @@ def probe(data: bytes | memoryview) -> ImageHeader:
         raise ImageError(
             "image-too-large", f"{header.width} x {header.height} pixels; the limit is {MAX_PIXELS} pixels"
         )
-    if not complete and not _ends_inside(data, header.format):
+    if check == "decode" or (check == "header" and not complete and not _ends_inside(data, header.format)):
         _decode(data)
     return header
 

@@ -41,7 +41,7 @@ class Output(Protocol):
         """Begin a file."""
         ...
 
-    def put(self, name: str, content: bytes, *, new: bool = False) -> bool:
+    def put(self, name: str, content: bytes | memoryview, *, new: bool = False) -> bool:
         """Write a small file at once.
 
         Args:
@@ -74,8 +74,16 @@ class Output(Protocol):
         """
         ...
 
+    def has_work(self) -> bool:
+        """Whether a run left its work folder here."""
+        ...
+
+    def spool(self) -> str:
+        """An empty local folder for large files of the claimed run, which every worker reaches that reaches the output."""
+        ...
+
     def remove_work(self) -> None:
-        """Remove the work folder of a finished set."""
+        """Remove the work folder of a finished set, and the spool."""
         ...
 
 

@@ -75,7 +75,7 @@ class LocalOutput:
         """See `Output`."""
         return LocalDraft(self.place, name)
 
-    def put(self, name: str, content: bytes, *, new: bool = False) -> bool:
+    def put(self, name: str, content: bytes | memoryview, *, new: bool = False) -> bool:
         """See `Output`."""
         if new and os.path.lexists(self._path(name)):
             return False
@@ -134,6 +134,17 @@ class LocalOutput:
                     with suppress(OSError):
                         os.rmdir(self.place)
             os.close(lock)
+
+    def has_work(self) -> bool:
+        """See `Output`."""
+        return os.path.lexists(self._path(WORK_FOLDER))
+
+    def spool(self) -> str:
+        """See `Output`."""
+        path = os.path.abspath(self._path(f"{WORK_FOLDER}/spool"))
+        shutil.rmtree(path, ignore_errors=True)
+        os.makedirs(path)
+        return path
 
     def remove_work(self) -> None:
         """See `Output`."""

@@ -9,8 +9,8 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import msgspec
@@ -56,6 +56,7 @@ class RecordFile:
         fingerprint: xxh3_128 of the content, hexadecimal.
         stamp: device, inode, size and time of change when it was split; another file of this name has others.
         embedded: images that came with the records.
+        notes: note code -> int64, the numbers of the records that it holds for: what only the source knows.
     """
 
     path: str
@@ -65,6 +66,7 @@ class RecordFile:
     fingerprint: str
     stamp: Stamp
     embedded: Embedded | None = None
+    notes: Mapping[str, _Offsets] = field(default_factory=dict)
 
 
 def open_unchanged(path: str, stamp: Stamp) -> int:

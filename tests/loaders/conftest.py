@@ -80,7 +80,8 @@ def write_data_set(folder: Path, samples: Sequence[Made], *, shards: int) -> Pat
         write_sidecar(sidecar, rows, info)
         parts.append(index_rows(read_sidecar(sidecar), info, shard))
         listed.append(Shard(tar.name, sidecar.name, len(rows), info.bytes, digest, hash_file(sidecar)))
-    write_index(folder / INDEX, parts)
+    with open(folder / INDEX, "wb") as file:
+        write_index(file, parts)
     counts = Counts(len(samples), len(samples), {}, {})
     manifest = Manifest(FORMAT_VERSION, {}, [], listed, hash_file(folder / INDEX), counts)
     (folder / MANIFEST).write_bytes(encode_manifest(manifest))

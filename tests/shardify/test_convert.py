@@ -21,8 +21,11 @@ import webdataset
 import xxhash
 from PIL import Image
 
-from shardify import convert, outfolder, pack
-from shardify.convert import PackOptions, allowed_bad, pack_dataset
+from shardify import convert, pack
+from shardify.outputs import local as outputs_local
+from shardify.outputs.local import LocalOutput
+from shardify.run import allowed_bad
+from shardify.convert import PackOptions, pack_dataset
 from shardify.errors import PackError, ShardifyError, SourceError, UsageError
 from shardify.format.index import read_index
 from shardify.format.manifest import read_manifest
@@ -400,7 +403,7 @@ def interrupt_at(monkeypatch, stop):
 
     for name in ("rename", "fsync", "makedirs"):
         monkeypatch.setattr(os, name, counted(getattr(os, name)))
-    monkeypatch.setattr(outfolder.shutil, "rmtree", counted(outfolder.shutil.rmtree))
+    monkeypatch.setattr(outputs_local.shutil, "rmtree", counted(outputs_local.shutil.rmtree))
     return Killed
 
 
@@ -496,9 +499,9 @@ def test_a_finished_set_that_lost_a_file_says_so(source):
 
 
 def test_two_packs_do_not_share_a_folder(source, monkeypatch):
-    monkeypatch.setattr(outfolder, "_LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr(outputs_local, "_LOCK_PATIENCE", 0.1)
     with (
-        outfolder.claimed(str(source / "out")),
+        LocalOutput(str(source / "out")).claimed(),
         pytest.raises(UsageError, match="another pack is writing there"),
     ):
         pack_dataset(options(source))

@@ -50,7 +50,8 @@ def make_set(folder, samples=(2, 3, 4, 5), *, first=0):
         write_sidecar(sidecar, rows, info)
         shards.append(Shard(tar.name, sidecar.name, count, info.bytes, digest, hash_file(sidecar)))
         parts.append(index_rows(read_sidecar(sidecar), info, number))
-    write_index(folder / "index.npy", parts)
+    with open(folder / "index.npy", "wb") as file:
+        write_index(file, parts)
     counts = Counts(sum(samples), sum(samples), {}, {})
     manifest = Manifest(1, {}, [], shards, hash_file(folder / "index.npy"), counts)
     (folder / "manifest.json").write_bytes(encode_manifest(manifest))

@@ -229,7 +229,8 @@ def resign(data, change=None, **fields):
         )
     if change:
         change(parts)
-    write_index(data / "index.npy", parts)
+    with open(data / "index.npy", "wb") as file:
+        write_index(file, parts)
     manifest = msgspec.structs.replace(
         manifest, **{"shards": shards, "index_xxh3_128": hash_file(data / "index.npy")} | fields
     )
