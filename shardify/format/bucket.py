@@ -1,0 +1,263 @@
+"""Which object store a URL names, how it is reached, and what its errors mean to a person.
+
+Credentials, endpoint and region come from where the store's own tools have them (docs/remote.md). Requests are repeated with growing,
+jittered pauses when the store or the way to it fails. Of an answer a message holds the status and the code only: bodies may hold signatures.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from obstore.exceptions import BaseError
+from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
+
+from shardify.errors import PackError, UsageError
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig, S3Credential
+
+WRITABLE = ("s3", "gs", "az")
+READABLE = (*WRITABLE, "https", "http")
+
+_RETRIES = 8
+_DEADLINE = timedelta(minutes=3)  # of one request with all its repetitions
+_TIMEOUT = timedelta(minutes=1)  # of one try, its body included
+_CONNECT_TIMEOUT = timedelta(seconds=10)
+_CREDENTIALS_KEPT = timedelta(minutes=5)  # then they are asked for again: they may have been renewed
+
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+_TRUE = ("1", "true", "yes", "on")
+_STATUS = re.compile(r"status code: ([0-9]{3})")
+_CODE = re.compile(r"<Code>([A-Za-z0-9]{1,64})</Code>")
+_ADDRESS = re.compile(r"[a-z]+://\S+")
+_NAMED = re.compile(r'[Pp]ath "([^"\n]{1,200})')
+_MACHINE = (
+    "//169.254.169.254/",
+    "//metadata.google.internal/",
+)  # where cloud machines find their credentials
+_UNREACHABLE = ("error sending request", "HTTP error", "timed out", "error decoding response body")
+_NO_CREDENTIALS = (
+    "no AWS credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (which needs boto3: pip install "
+    "'shardify[aws]'), or AWS_SKIP_SIGNATURE=true for a public bucket"
+)
+
+_started = False  # this process has made a client
+_lost = False  # this process was forked from one that had
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A URL's parts: `scheme` of `READABLE`, `bucket` (of https:// the host), and `key` without slashes at its ends."""
+
+    scheme: str
+    bucket: str
+    key: str
+
+
+def split_url(url: str) -> Place:
+    """The parts of a URL.
+
+    Raises:
+        UsageError: it is none of an object store, names no bucket, or its path cannot be a key.
+    """
+    scheme, separator, rest = url.partition("://")
+    scheme = {"s3a": "s3", "azure": "az"}.get(scheme.lower(), scheme.lower())
+    if not separator or scheme not in READABLE:
+        raise UsageError(f"{shown(url)}: not a place that is known; s3://, gs://, az:// and https:// are")
+    if scheme in WRITABLE:
+        bucket, _, key = rest.partition("/")
+    else:
+        parts = urlsplit(url)
+        bucket, key = parts.netloc, unquote(parts.path)
+        if parts.query or "@" in bucket:
+            raise UsageError(
+                f"{shown(url)}: a password, signature or query in a URL would stand in files and messages; give one without"
+            )
+    if not bucket:
+        raise UsageError(f"{shown(url)}: no bucket is named; {scheme}://BUCKET/PREFIX is needed")
+    key = key.strip("/")
+    if key and any(part in ("", ".", "..") for part in key.split("/")):
+        raise UsageError(f"{shown(url)}: a path with an empty part, '.' or '..' is none of an object")
+    return Place(scheme, bucket, key)
+
+
+def join_url(url: str, name: str) -> str:
+    """The URL of what is called `name` below `url`."""
+    return f"{url.rstrip('/')}/{name}"
+
+
+def shown(url: str) -> str:
+    """A URL for messages, without what may be secret."""
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+
+
+def require_writable(url: str) -> None:
+    """Raises UsageError for a place that can only be read."""
+    if split_url(url).scheme not in WRITABLE:
+        raise UsageError(f"{shown(url)}: can be read, not written; s3://, gs:// and az:// can")
+
+
+def open_bucket(url: str) -> "tuple[ObjectStore, str]":
+    """The client for a URL's bucket, one for each process, and the key. Only for processes that fork no more (`child.in_child`).
+
+    Raises:
+        UsageError: no such URL.
+        PackError: there are no credentials, or they cannot be used.
+    """
+    global _started  # noqa: PLW0603 - what this process has done
+    if _lost:
+        raise RuntimeError("forked from a process that had called an object store: calls would never return")
+    place = split_url(url)
+    _started = True
+    return _client(place.scheme, place.bucket), place.key
+
+
+@contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Turn what obstore raises into one clear PackError."""
+    try:
+        yield
+    except (BaseError, ValueError, OSError) as error:
+        raise PackError(f"{shown(url)}: {_meaning(error)}") from None
+
+
+def error_code(error: Exception) -> str:
+    """The store's own code in an error, such as ``NoSuchKey``; empty when there is none."""
+    return next(iter(_CODE.findall(str(error))), "")
+
+
+def is_missing_bucket(error: Exception) -> bool:
+    """Whether it is not the object that is missing but its whole bucket."""
+    return error_code(error) in ("NoSuchBucket", "ContainerNotFound")
+
+
+def _meaning(error: Exception) -> str:
+    text = str(error)
+    status, code = next(iter(_STATUS.findall(text)), ""), error_code(error)
+    told = " ".join(filter(None, (status, code)))
+    if any(address in text for address in _MACHINE):
+        return f"no credentials in the environment, and none of the machine; see docs/remote.md. For s3://: {_NO_CREDENTIALS}"
+    if is_missing_bucket(error):
+        return "there is no such bucket; create it, or check its name and the endpoint"
+    if status in ("401", "403"):
+        return (
+            f"access is denied ({told}); check the credentials, and that they may read, list and write there"
+        )
+    if "Received redirect" in text or status in ("301", "307") or code == "AuthorizationHeaderMalformed":
+        return "the bucket is in another region; set AWS_REGION"
+    if status == "412":
+        return "has changed while it was read; run the same command again"
+    if status == "416":
+        return "is shorter than it was; run the same command again"
+    if "invalid path" in text:
+        name = next(iter(_NAMED.findall(text)), "?")
+        return f"holds an object whose name is no path ({name!r}: an empty part, '.', '..' or a control character); rename it"
+    if status:
+        return f"the store answered {told}, after several tries; once it is well, the same command again continues"
+    if any(word in text for word in _UNREACHABLE):
+        return "cannot be reached, after several tries; check the network and the endpoint. Once it can, the same command again continues"
+    first = _ADDRESS.sub("(address)", text.partition("\n")[0])[:200]
+    return f"{type(error).__name__}: {first}"
+
+
+@functools.cache
+def _client(scheme: str, bucket: str) -> "ObjectStore":
+    retry: RetryConfig = {
+        "max_retries": _retries(scheme),
+        "retry_timeout": _DEADLINE,
+        "backoff": {
+            "init_backoff": timedelta(milliseconds=100),
+            "max_backoff": timedelta(seconds=10),
+            "base": 2,
+        },
+    }
+    client: ClientConfig = {"timeout": _TIMEOUT, "connect_timeout": _CONNECT_TIMEOUT}
+    endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS.get(scheme, ()))), "")
+    settings: Any = {}
+    provide = None
+    if scheme == "s3":
+        settings, provide = _aws_settings(endpoint)
+    # without TLS only where the user's own settings say so
+    if (
+        scheme == "http"
+        or settings.get("endpoint", endpoint).lower().startswith("http://")
+        or (scheme == "az" and _is_set("AZURE_STORAGE_USE_EMULATOR"))
+    ):
+        client["allow_http"] = True
+    if scheme == "s3":
+        return S3Store(
+            bucket,
+            config=settings,
+            credential_provider=provide,
+            client_options=client,
+            retry_config=retry,
+        )
+    if scheme == "gs":
+        return GCSStore(bucket, client_options=client, retry_config=retry)
+    if scheme == "az":
+        return AzureStore(bucket, client_options=client, retry_config=retry)
+    return HTTPStore(f"{scheme}://{bucket}", client_options=client, retry_config=retry)
+
+
+def _retries(scheme: str) -> int:
+    attempts = os.environ.get("AWS_MAX_ATTEMPTS", "") if scheme == "s3" else ""
+    return max(0, int(attempts) - 1) if attempts.isdecimal() else _RETRIES
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in _TRUE
+
+
+def _aws_settings(endpoint: str) -> "tuple[Any, Callable[[], S3Credential] | None]":
+    """What obstore does not find in the environment by itself: profiles, SSO and all else that botocore knows."""
+    if os.environ.get("AWS_ACCESS_KEY_ID") or _is_set("AWS_SKIP_SIGNATURE"):
+        return {}, None
+    if not importlib.util.find_spec("botocore"):
+        if os.environ.get("AWS_PROFILE"):
+            raise PackError("AWS_PROFILE is set, but profiles are read by boto3: pip install 'shardify[aws]'")
+        return {}, None
+    import botocore.session  # type: ignore[import-untyped]
+    from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
+
+    try:
+        session = botocore.session.Session()
+        found = session.get_credentials()
+        region = session.get_config_variable("region")
+        endpoint = endpoint or session.get_scoped_config().get("endpoint_url", "")
+    except BotoCoreError as error:
+        raise PackError(f"the AWS profile cannot be used: {error}") from None
+    if found is None:
+        raise PackError(_NO_CREDENTIALS)
+
+    def provide() -> "S3Credential":
+        frozen = found.get_frozen_credentials()
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.now(UTC) + _CREDENTIALS_KEPT,
+        }
+
+    settings = {"region": region, "endpoint": endpoint}
+    return {name: value for name, value in settings.items() if value}, provide
+
+
+def _forked() -> None:
+    global _lost  # noqa: PLW0603
+    _lost = _started
+
+
+os.register_at_fork(after_in_child=_forked)

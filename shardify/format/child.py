@@ -1,0 +1,112 @@
+"""Work that must not happen in a process that forks later: done in a short-lived forked child.
+
+Threads do not survive a fork, and a library that has started some (obstore's client) waits for ever in the child. So the process that first
+imports this module, which may fork workers later, leaves such work to a child of its own; processes forked from it do it themselves.
+"""
+
+import ctypes
+import os
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn, TypeVar
+
+from shardify.errors import PackError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_T = TypeVar("_T")
+
+_home = os.getpid()  # the process that may fork later
+
+
+def stay() -> None:
+    """Say that this process will fork no more: it does such work itself from now on, as a forked worker does."""
+    global _home  # noqa: PLW0603 - what this process has promised
+    _home = 0
+
+
+def may_fork() -> bool:
+    """Whether this process must leave such work to a child."""
+    return os.getpid() == _home
+
+
+def in_child(function: Callable[..., _T], *arguments: Any) -> _T:
+    """Run a function in a forked child, and have its result, which is pickled, or its exception.
+
+    In a process that forks no more it is just called.
+
+    Args:
+        function: what to run; it sees this process's memory as it is now.
+        arguments: its arguments, of any kind.
+
+    Raises:
+        PackError: the child was killed.
+    """
+    if not may_fork():
+        return function(*arguments)
+    here, there = Pipe(duplex=False)
+    # what is sent to the whole process group is the parent's to obey: it ends the child
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        parent = os.getpid()
+        child = os.fork()
+        if not child:
+            _answer(there, parent, function, arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    ended = False
+    try:
+        there.close()
+        try:
+            result, error = here.recv()
+        except EOFError:
+            _, status = os.waitpid(child, 0)
+            ended = True
+            raise PackError(
+                f"a helper process was ended {_how(status)} (out of memory?); the same command again continues"
+            ) from None
+    finally:
+        here.close()
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    if error is not None:
+        raise error
+    value: _T = result
+    return value
+
+
+def _answer(
+    connection: Connection, parent: int, function: Callable[..., Any], arguments: Sequence[Any]
+) -> NoReturn:
+    """In the child: run, answer, and end without what Python does at an exit."""
+    try:
+        # the kernel kills this process when its parent ends, however it ends
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == parent:
+            try:
+                message: tuple[Any, Exception | None] = (function(*arguments), None)
+            except Exception as error:  # noqa: BLE001 - raised again by the parent
+                message = (None, _sendable(error))
+            connection.send(message)
+    except BaseException:  # noqa: BLE001 - nothing may pass: it would go on as the parent
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - its own
+    except Exception:  # noqa: BLE001 - whatever it is that cannot be pickled
+        return PackError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _how(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
