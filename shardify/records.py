@@ -4,6 +4,9 @@ A record is a JSON object (docs/recipes.md lists the reason codes):
 
     {"id": ..., "image": "path" | ["path", ...] (absent, null, "", [] or [""] for text-only),
      "conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}], ...}
+
+A record of a video or a sound (``video``, ``audio``, or an ``image`` such as ``a.mp4``) has a reason code of its own; with an image beside it, it
+is a record of that image.
 """
 
 import json
@@ -20,6 +23,17 @@ NO_ID = (None, "null")
 
 MAX_RECORD_BYTES = 64 * 1024 * 1024
 """A record larger than this is set aside unread (LLaVA's longest, 275 turns, is under 1 MB)."""
+
+
+_MEDIA = {
+    **dict.fromkeys(
+        ("mp4", "avi", "mov", "mkv", "webm", "m4v", "mpg", "mpeg", "wmv", "flv", "3gp"), "record-video"
+    ),
+    **dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a", "aac", "opus", "wma"), "record-audio"),
+}
+_USUAL_ENDS = frozenset({"jpg", "peg", "png"})  # no time is spent on these
+_VIDEO_FIELDS = ("video", "videos", "video_path", "input_video")
+_AUDIO_FIELDS = ("audio", "audios", "audio_path", "input_audio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +93,14 @@ class _Record(msgspec.Struct):
     conversations: list[_Turn]
     id: msgspec.Raw = msgspec.Raw(b"")
     image: str | list[str] | None = None
+    video: Any = None
+    videos: Any = None
+    video_path: Any = None
+    input_video: Any = None
+    audio: Any = None
+    audios: Any = None
+    audio_path: Any = None
+    input_audio: Any = None
 
 
 _decoder = msgspec.json.Decoder(_Record)
@@ -103,11 +125,14 @@ def parse_record(data: bytes | memoryview) -> Sample:
         return _parse_tolerantly(bytes(data))
     image = record.image
     paths = image if isinstance(image, list) else [image or ""]
+    images = _references(paths)
+    if not images:
+        _refuse_media(msgspec.structs.asdict(record))
     if not record.conversations:
         raise RecordError("no-conversations", "'conversations' is empty")
     return Sample(
         id=bytes(record.id).decode() if bytes(record.id) else None,
-        images=_references(paths),
+        images=images,
         image_is_list=isinstance(image, list),
         turns=tuple([Turn(turn.role, turn.value) for turn in record.conversations]),
         words=sum([len(turn.value.split()) for turn in record.conversations]),
@@ -116,7 +141,7 @@ def parse_record(data: bytes | memoryview) -> Sample:
 
 
 def load_record(data: bytes | memoryview) -> dict[str, Any]:
-    """The record as a dict of plain Python values, read as tolerantly as `parse_record`.
+    """The record as a dict of plain Python values, read as tolerantly as `parse_record`; a bare list of messages as ``{"messages": ...}``.
 
     Raises:
         RecordError: ``record-not-json`` or ``record-not-object``.
@@ -125,6 +150,8 @@ def load_record(data: bytes | memoryview) -> dict[str, Any]:
         value = msgspec.json.decode(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         value = _load_tolerantly(bytes(data))
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
+        value = {"messages": value}
     if not isinstance(value, dict):
         raise RecordError("record-not-object", f"a JSON object is needed, this is {json_type(value)}")
     return value
@@ -141,6 +168,9 @@ def sample_of(record: Mapping[str, Any], *, strict: bool = True) -> Sample:
     for path in paths:
         if not isinstance(path, str):
             raise RecordError("image-not-a-path", f"'image' holds {json_type(path)}; a path is needed")
+    images = _references(paths)
+    if not images:
+        _refuse_media(record)
     turns = record.get("conversations")
     if turns is None:
         raise RecordError("no-conversations", "no field 'conversations'")
@@ -155,7 +185,7 @@ def sample_of(record: Mapping[str, Any], *, strict: bool = True) -> Sample:
         parsed.append(Turn(role, value))
     return Sample(
         id=json.dumps(record["id"]) if "id" in record else None,
-        images=_references(paths),
+        images=images,
         image_is_list=isinstance(image, list),
         turns=tuple(parsed),
         words=sum(len(turn.text.split()) for turn in parsed),
@@ -165,7 +195,28 @@ def sample_of(record: Mapping[str, Any], *, strict: bool = True) -> Sample:
 
 def _references(paths: list[str]) -> tuple[ImageRef, ...]:
     """None where every path is empty: so text-only records are written too."""
-    return tuple(map(ImageRef, paths)) if any(paths) else ()
+    if not any(paths):
+        return ()
+    for path in paths:
+        if path[-3:] not in _USUAL_ENDS:
+            _refuse_path(path)
+    return tuple(map(ImageRef, paths))
+
+
+def _refuse_path(path: str) -> None:
+    """Refuse what is plainly no picture's path."""
+    if code := _MEDIA.get(path[-5:].rpartition(".")[2].lower()):
+        raise RecordError(code, f"{path!r} is named as an image")
+    if path.startswith("data:"):
+        raise RecordError("image-not-a-path", f"a data: URL of {len(path)} characters; a path is needed")
+
+
+def _refuse_media(record: Mapping[str, Any]) -> None:
+    """Refuse a record without image that is one of a video or sound."""
+    for code, names in (("record-video", _VIDEO_FIELDS), ("record-audio", _AUDIO_FIELDS)):
+        for name in names:
+            if record.get(name):
+                raise RecordError(code, f"the field {name!r}, and no image")
 
 
 def _parse_tolerantly(data: bytes) -> Sample:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from shardify.errors import RecordError, SourceError, UsageError
-from shardify.records import json_type, load_record
+from shardify.records import MAX_RECORD_BYTES, json_type, load_record
 from shardify.sources.spec import Embedded
 
 _BOM = b"\xef\xbb\xbf"
@@ -109,36 +109,40 @@ def record_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     return [os.fsencode(name).decode("utf-8", "replace") for name in names]
 
 
-def split_records(path: str | os.PathLike[str], *, name: str | None = None) -> RecordFile:
+def split_records(
+    path: str | os.PathLike[str], *, name: str | None = None, called: str | None = None
+) -> RecordFile:
     """Split a record file.
 
     Args:
-        path: a JSON array, or JSONL; told apart by their first byte.
+        path: a JSON array, or JSONL; told apart by their first byte, lines that are lists of messages by their second.
         name: what the file is called in every output; default its base name.
+        called: what it is called in errors, where `path` is only a copy; default `path`.
 
     Raises:
         SourceError: the file cannot be read, is not JSON (with the byte offset of the fault), or is JSON but no list of records.
     """
     path = os.fspath(path)
     name = os.path.basename(path) if name is None else name
+    called = path if called is None else called
     try:
         with open(path, "rb") as file:
             stamp = _stamp(file.fileno())
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise SourceError(
-                    f"{path}: a pipe or device; a file is needed, since it is read more than once"
+                    f"{called}: a pipe or device; a file is needed, since it is read more than once"
                 )
             if not stamp[2]:
-                raise SourceError(f"{path}: the file is empty; a JSON array or JSONL is needed")
+                raise SourceError(f"{called}: the file is empty; a JSON array or JSONL is needed")
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
-        raise SourceError(f"{path}: no such file") from None
+        raise SourceError(f"{called}: no such file") from None
     except IsADirectoryError:
-        raise SourceError(f"{path}: a folder; a JSON or JSONL file is needed") from None
+        raise SourceError(f"{called}: a folder; a JSON or JSONL file is needed") from None
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
+        raise SourceError(f"{called}: cannot be read ({error.strerror})") from None
     # never closed by hand: an error's traceback may still hold arrays over it
-    offsets, lengths = _split(content, path)
+    offsets, lengths = _split(content, called)
     return RecordFile(path, name, offsets, lengths, _fingerprint(content), stamp)
 
 
@@ -162,7 +166,20 @@ def _split(content: mmap.mmap, path: str) -> tuple[_Offsets, _Offsets]:
     try:
         return split_array_fast(content, begin)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        if _lines_are_lists(content, begin):
+            return _split_lines(content, begin, path)
         return split_array_tolerant(content, begin, path=path)
+
+
+def _lines_are_lists(content: mmap.mmap, begin: int) -> bool:
+    """Whether this is JSONL whose records are lists (of messages), and not an array."""
+    end = content.find(b"\n", begin, begin + MAX_RECORD_BYTES)
+    if end < 0 or content[(second := _skip_space(content, end)) : second + 1] != b"[":
+        return False
+    try:
+        return isinstance(msgspec.json.decode(content[begin:end]), list)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return False
 
 
 def split_array_fast(content: mmap.mmap | bytes, begin: int) -> tuple[_Offsets, _Offsets]:

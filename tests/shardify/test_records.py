@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardify.errors import RecordError
+from shardify.prepare import prepare
 from shardify.records import ImageRef, load_record, parse_record, sample_of
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A  cat \n"}]
@@ -92,12 +93,41 @@ def test_what_only_a_tolerant_reader_takes(data):
         (record(image=3), "image-not-a-path"),
         (record(image=["a", None]), "image-not-a-path"),
         (record(image={"path": "a"}), "image-not-a-path"),
+        (record(image="data:image/png;base64,iVBORw0KGgo="), "image-not-a-path"),
+        (record(video="a.mp4"), "record-video"),
+        (record(videos=["a.mp4"], image=None), "record-video"),
+        (record(audio={"path": "a.wav"}, image=""), "record-audio"),
+        (record(image="livevqc/A001.MP4"), "record-video"),
+        (record(image=["a.jpg", "b.webm"]), "record-video"),
+        (record(image="a.b/c.flac"), "record-audio"),
+        (b'{"video": "a.mp4", "score": NaN}', "record-video"),
     ],
 )
 def test_what_is_refused(data, code):
     with pytest.raises(RecordError) as error:
         parse_record(data)
     assert error.value.code == code
+
+
+def test_a_video_beside_an_image_is_no_reason():
+    assert parse_record(record(video="a.mp4", image="a.jpg")).images == (ImageRef("a.jpg"),)
+    assert parse_record(record(video=None, audio="")).images == ()
+    assert parse_record(record(image="mp4")).images == (ImageRef("mp4"),)
+
+
+def test_qaligns_videos(real_data):
+    from shardify.sources.llava import split_records
+
+    for name, code in (("test_jsons/konvid.json", "record-video"), ("ft/livec/train_split_1.json", None)):
+        path = real_data / "qalign_json" / name
+        content, file = path.read_bytes(), split_records(path)
+        for offset, length in zip(file.offsets.tolist(), file.lengths.tolist(), strict=True):
+            try:
+                prepare(content[offset : offset + length])
+            except RecordError as error:
+                assert error.code == code
+            else:
+                assert code is None
 
 
 @given(data=st.binary(max_size=60) | st.text(max_size=40).map(lambda text: f'{{"id": {text}}}'.encode()))
@@ -110,13 +140,20 @@ def test_any_bytes_are_a_sample_or_a_reason(data):
 
 @given(
     id_=st.none() | st.integers() | st.text(),
-    image=st.none() | st.text() | st.lists(st.text(), max_size=3),
+    image=st.none()
+    | st.text()
+    | st.lists(st.text() | st.sampled_from(["a.jpg", "a.mp4", "data:x"]), max_size=3),
     turns=st.lists(st.fixed_dictionaries({"from": st.text(), "value": st.text()}), min_size=1, max_size=4),
 )
 def test_both_readers_agree(id_, image, turns):
     value = {"id": id_, "image": image, "conversations": turns}
-    fast, slow = parse_record(json.dumps(value).encode()), sample_of(value)
-    assert fast == slow
+    found = []
+    for read in (lambda: parse_record(json.dumps(value).encode()), lambda: sample_of(value)):
+        try:
+            found.append(read())
+        except RecordError as error:
+            found.append((error.code, error.detail))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
