@@ -17,11 +17,11 @@ import numpy.typing as npt
 from shardify.errors import RecordError, ShardifyError
 from shardify.images.resolve import Resolver
 from shardify.images.stores import ImageStore, open_store
+from shardify.prepare import prepare
 from shardify.recipes.parquet import ParquetTable
 from shardify.recipes.resolve import Found, FoundImages, FoundRecords, find_recipe
 from shardify.recipes.schema import Origin, Recipe
-from shardify.records import MAX_RECORD_BYTES, ImageRef, Sample, load_record, parse_record, sample_of
-from shardify.schema import to_llava
+from shardify.records import MAX_RECORD_BYTES, ImageRef, Sample
 from shardify.sources.llava import RecordFile, open_unchanged
 from shardify.sources.open import open_source
 from shardify.sources.spec import SourceSpec
@@ -295,26 +295,13 @@ def _read(file: RecordFile, numbers: Sequence[int]) -> Iterator[Sample | int | N
             length = min(int(file.lengths[number]), MAX_RECORD_BYTES + 1)
             raw = os.pread(descriptor, length, int(file.offsets[number]))
             try:
-                sample = _sample(raw)
+                sample = prepare(raw).sample
             except RecordError:
                 yield None
                 continue
             yield sample if file.embedded is None else int(file.embedded.counts[number])
     finally:
         os.close(descriptor)
-
-
-def _sample(raw: bytes) -> Sample:
-    try:
-        sample = parse_record(raw)
-        if sample.images:
-            return sample
-    except RecordError:
-        sample = None
-    changed = to_llava(load_record(raw))
-    if changed is not None:
-        return sample_of(changed[0])
-    return parse_record(raw) if sample is None else sample
 
 
 @dataclass(slots=True)
@@ -408,9 +395,9 @@ def _images_not_found(seen: RecordsSeen, what: str, needed: float) -> list[str]:
     """Where fewer records than the share `needed` find their images: over all, or of one image root."""
     shares = [sight.share for sight in (seen.first, seen.random) if sight.share is not None]
     if shares and min(shares) < needed:
+        examples = ", ".join(seen.looked_for)
         return [
-            f"{what}: {min(shares):.1%} of the records looked at find their images; not found, for example: "
-            f"{', '.join(seen.looked_for)}"
+            f"{what}: {min(shares):.1%} of the records looked at find their images; not found, for example: {examples}"
         ]
     # a root that is seldom in a large file may miss by chance what is known to be missing
     few = _FEW if (seen.records or 0) > LOOKED_AT else 1

@@ -278,7 +278,7 @@ def _read(path: str) -> str:
 class _Loader(yaml.SafeLoader):
     """Plain YAML; a key that stands twice in one mapping is an error instead of silently the last one."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - theirs
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
