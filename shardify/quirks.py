@@ -4,6 +4,7 @@ Nothing here changes a record. Everything that LLaVA's training code would stumb
 code that says so (llava/train/train.py and llava/conversation.py of haotian-liu/LLaVA; `audit.NOTES` has the meanings).
 """
 
+import json
 import re
 
 from shardify.records import NO_ID, Sample
@@ -21,10 +22,15 @@ def id_notes(id_: str | None) -> list[str]:
         return ["id-missing"]
     if _PLAIN_ID.fullmatch(id_):
         return []
-    notes = [] if id_.startswith('"') else ["id-not-text"]
-    if "." in id_:
+    text = id_
+    notes = []
+    if not id_.startswith('"'):
+        notes.append("id-not-text")
+    elif "\\" in id_:
+        text = json.loads(id_)
+    if "." in text:
         notes.append("id-has-dot")
-    if "/" in id_ or "\\u002f" in id_.lower():
+    if "/" in text:
         notes.append("id-has-slash")
     return notes
 
