@@ -205,7 +205,8 @@ def _references(paths: list[str]) -> tuple[ImageRef, ...]:
 
 def _refuse_path(path: str) -> None:
     """Refuse what is plainly no picture's path."""
-    if code := _MEDIA.get(path[-5:].rpartition(".")[2].lower()):
+    _, dot, extension = path[-5:].rpartition(".")
+    if dot and (code := _MEDIA.get(extension.lower())):
         raise RecordError(code, f"{path!r} is named as an image")
     if path.startswith("data:"):
         raise RecordError("image-not-a-path", f"a data: URL of {len(path)} characters; a path is needed")
