@@ -401,7 +401,7 @@ def _abort_uploads(place: Place, suffixes: tuple[str, ...]) -> None:
 
     prefix = f"{place.key}/" if place.key else ""
     with suppress(BotoCoreError, ClientError, ValueError):  # it is only to save room
-        client = boto3.client("s3")
+        client = boto3.session.Session().client("s3")
         pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=prefix)
         for upload in (upload for page in pages for upload in page.get("Uploads", ())):
             name = upload["Key"][len(prefix) :]

@@ -1,5 +1,6 @@
 """An S3 server for tests: moto's own process, and a proxy before it that fails requests as real networks do."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -48,14 +49,7 @@ class Server:
     @property
     def client(self) -> Any:
         """A boto3 client, which is not the code under test."""
-        return boto3.client(
-            "s3",
-            endpoint_url=self.url,
-            region_name="us-east-1",
-            aws_access_key_id="testing",
-            aws_secret_access_key="testing",
-            config=Config(s3={"addressing_style": "path"}),
-        )
+        return _client(self.url)
 
     def objects(self, bucket: str, prefix: str = "") -> dict[str, bytes]:
         """Key below the prefix -> content."""
@@ -69,6 +63,18 @@ class Server:
         return [
             upload["Key"] for upload in self.client.list_multipart_uploads(Bucket=bucket).get("Uploads", ())
         ]
+
+
+@functools.cache
+def _client(url: str) -> Any:
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=url,
+        region_name="us-east-1",
+        aws_access_key_id="testing",
+        aws_secret_access_key="testing",
+        config=Config(s3={"addressing_style": "path"}),
+    )
 
 
 def start_server() -> Server:
@@ -109,11 +115,15 @@ class Proxy:
     Attributes:
         server: a `Server` at the proxy's own address.
         fault: asked for each request (method, path with query); a status to answer, `CUT`, `CUT_INSIDE`, or 0 to pass it on.
+        rewrite: changes a path with query before it is passed on.
+        body: of the answers with a status of its own.
         requests: the requests seen, in their order of arrival.
     """
 
     server: Server
     fault: Callable[[str, str], int] = lambda _method, _path: 0
+    rewrite: Callable[[str], str] = lambda path: path
+    body: bytes = b"<Error><Code>MadeUp</Code></Error>"
     requests: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -136,11 +146,11 @@ def faulty_proxy(target: Server) -> Iterator[Proxy]:
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
             if fault > 0:
-                self.answer(fault, [], b"<Error><Code>Made</Code></Error>")
+                self.answer(fault, [], proxy.body)
                 return
             connection = HTTPConnection(place.hostname or "", place.port, timeout=30)
             try:
-                connection.request(self.command, self.path, body, dict(self.headers))
+                connection.request(self.command, proxy.rewrite(self.path), body, dict(self.headers))
                 response = connection.getresponse()
                 content = response.read()
             except (OSError, HTTPException):
