@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from shardify.recipes.check import ImagesSeen, RecordsSeen, shorten
-from shardify.recipes.resolve import Found
+from shardify.recipes.layout import Found
 from shardify.recipes.schema import RecordEntry, load_recipe, recipe_names
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")

@@ -18,8 +18,8 @@ from shardify.errors import RecordError, ShardifyError
 from shardify.images.resolve import Resolver
 from shardify.images.stores import ImageStore, open_store
 from shardify.prepare import prepare
+from shardify.recipes.layout import Found, FoundImages, FoundRecords, find_recipe
 from shardify.recipes.parquet import ParquetTable
-from shardify.recipes.resolve import Found, FoundImages, FoundRecords, find_recipe
 from shardify.recipes.schema import Origin, Recipe
 from shardify.records import MAX_RECORD_BYTES, ImageRef, Sample
 from shardify.sources.llava import RecordFile, open_unchanged

@@ -94,7 +94,8 @@ def describe(report: "Report") -> list[str]:
     lines += ["not complete:", *(f"  {fault}" for fault in report.faults)]
     if report.causes:
         lines += ["likely causes:", *(f"  {cause}" for cause in report.causes)]
-    if any(not seen.paths for seen in (*report.records, *report.images)) and report.get:
+    there = [bool(seen.paths) for seen in report.records] + [bool(seen.paths) for seen in report.images]
+    if not all(there) and report.get:
         lines += ["where to get it:", *(f"  {origin.url}  {origin.gives}" for origin in report.get)]
     return lines
 

@@ -31,11 +31,7 @@ _SUFFIXES = (".yaml", ".yml")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
-class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
-
-
-class Place(_Strict):
+class Place(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One of the ways in which files may lie on disk.
 
     Attributes:
@@ -52,7 +48,7 @@ class Place(_Strict):
 _Alternative: TypeAlias = str | Place
 
 
-class CaptionFile(_Strict):
+class CaptionFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Captions that take the place of the records' own: see `sources.spec.Captions`."""
 
     path: str
@@ -60,7 +56,7 @@ class CaptionFile(_Strict):
     field: str = "blip_caption"
 
 
-class RecordEntry(_Strict):
+class RecordEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A source of records.
 
     Attributes:
@@ -92,7 +88,7 @@ class RecordEntry(_Strict):
         return self.count if isinstance(self.count, list) else [] if self.count is None else [self.count]
 
 
-class ImageEntry(_Strict):
+class ImageEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A store of images: a folder, a zip or a tar.
 
     Attributes:
@@ -115,7 +111,7 @@ class ImageEntry(_Strict):
         return _places(self.path, self.any_of)
 
 
-class Include(_Strict):
+class Include(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Another recipe that belongs to this one.
 
     Attributes:
@@ -129,7 +125,7 @@ class Include(_Strict):
     below: str = ""
 
 
-class Origin(_Strict):
+class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where files can be had.
 
     Attributes:
@@ -141,7 +137,7 @@ class Origin(_Strict):
     gives: str
 
 
-class Recipe(_Strict):
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A published data set, or a mix of several.
 
     Attributes:
@@ -175,7 +171,7 @@ class Recipe(_Strict):
     file: str = ""
 
 
-_FIELDS = {
+_FIELDS: dict[str, type[msgspec.Struct]] = {
     "": Recipe,
     "records": RecordEntry,
     "images": ImageEntry,
@@ -295,9 +291,8 @@ def _parse(text: str, where: str) -> Any:
         # an alias may repeat a large part a million times
         for event in yaml.parse(text, _Loader):
             if isinstance(event, yaml.AliasEvent):
-                raise SourceError(
-                    f"{where}: line {event.start_mark.line + 1}: YAML aliases (*{event.anchor}) are not allowed"
-                )
+                line = f"line {event.start_mark.line + 1}: " if event.start_mark else ""
+                raise SourceError(f"{where}: {line}YAML aliases (*{event.anchor}) are not allowed")
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -329,7 +324,7 @@ def _dotted(at: str | None) -> str:
     return (at or "").removeprefix("$").removeprefix(".")
 
 
-def _allowed(kind: type[_Strict]) -> str:
+def _allowed(kind: type[msgspec.Struct]) -> str:
     return ", ".join(name for name in kind.__struct_fields__ if name != "file")
 
 
