@@ -1,59 +1,55 @@
-"""Where image bytes are: folders, and zip archives that are never extracted.
+"""Where image bytes are: folders, object-store prefixes, and zip and tar archives that are never extracted.
 
 The main process opens a store once and locates images in it; a worker gets the store's `ImageReader` and the locations, and reads
-members by positioned reads without ever reading an archive's directory again.
+images by position without ever reading an archive's directory again.
 """
 
-import contextlib
-import errno
 import os
 import stat
-import zipfile
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from shardify.errors import ImageError, PackError, SourceError
+from shardify.images.listing import Listing
 
 MAX_IMAGE_BYTES = 1024**3
 """A larger image is set aside unread."""
 
 LOCATION_DTYPE = np.dtype(
     [
-        ("offset", "<i8"),  # of the member's local header in its archive
-        ("stored", "<i8"),  # bytes in the archive
+        (
+            "offset",
+            "<i8",
+        ),  # of the member's local header in a zip, of its data in a tar; the number of a LISTED file
+        ("stored", "<i8"),  # bytes in the store
         ("size", "<i8"),  # bytes of the image
         ("crc", "<u4"),
-        ("method", "<i2"),  # the archive's compression method, ENCRYPTED, PLAIN_FILE, or UNSEEN
+        ("method", "<i2"),  # a zip's compression method, or one of the constants below
         ("store", "<i2"),  # the store's number; MISSING when the image is nowhere
         ("rule", "<u2"),  # the resolver's rule that was applied to the path; 0 is the path as it stands
         ("how", "u1"),  # EXACT, BY_PREFIX, BY_SUFFIX or BY_STEM
     ]
 )
-PLAIN_FILE = -1
+PLAIN_FILE = -1  # a file or an object, known by its name
 ENCRYPTED = -2
-UNSEEN = (
-    -3
-)  # something stands in the way of even looking: reading it says what, unless a later store holds the image
+# something stands in the way of even looking: reading it says what, unless a later store holds the image
+UNSEEN = -3
 LISTED = -4  # a file known by its place in the store's own listing: `offset` is that number
+SPARSE_FILE = -6  # a tar's member that is stored in pieces
 MISSING = -1
 EXACT, BY_PREFIX, BY_SUFFIX, BY_STEM = range(4)
-READABLE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+STORED, DEFLATED = 0, 8  # as zips number them; a tar's members are STORED
+READABLE_METHODS = (STORED, DEFLATED)
 
-_NAME_IS_UTF8 = 0x800  # general purpose bit 11
-_LOCAL_HEADER = 30
-# most members have a short name and few extra fields, so that one read takes header and data together
-_HEADER_GUESS = _LOCAL_HEADER + 160
-_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
-_FAULTS_OF_A_FILE = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
-_EXAMPLES = 3
-_LARGEST = 2**48  # kept of a claimed size: beyond every limit, and sums of it stay within 64 bits
+LARGEST = 2**48
+"""Kept of a claimed size: beyond every limit, and sums of it stay within 64 bits."""
+READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Location(NamedTuple):
@@ -67,14 +63,14 @@ class Location(NamedTuple):
 
 
 class ImageReader(Protocol):
-    """Reads located images; small and picklable, so that any process can do it."""
+    """Reads located images; small and picklable, so that any process can do it, and any thread of it."""
 
     def read(self, name: str, location: Location) -> bytes:
         """The image's bytes.
 
         Args:
             name: the path inside the store, its components joined by '/'; archives go by the location alone.
-            location: what `locate` answered.
+            location: what `ImageStore.find` or `ImageStore.listed` answered.
 
         Raises:
             ImageError: a fault of the image itself, the same whenever it is read: ``image-unreadable``, ``image-damaged`` or
@@ -86,7 +82,7 @@ class ImageReader(Protocol):
 
 
 class ImageStore(Protocol):
-    """A folder or an archive, opened."""
+    """A place with images, opened. Names are paths inside of it, components joined by '/'."""
 
     @property
     def path(self) -> str:
@@ -116,16 +112,28 @@ class ImageStore(Protocol):
     def reader(self) -> ImageReader:
         """Reads what was located."""
 
-    def locate(self, paths: Sequence[tuple[str, ...]]) -> list[Location | None]:
-        """Where each path, given by its components, is; None for what the store does not hold.
+    def find(self, names: Sequence[str]) -> npt.NDArray[np.void]:
+        """[n] of `LOCATION_DTYPE`: where exactly these names are; `store` is 0, or MISSING for what is not held.
 
         Raises:
             PackError: the store has gone since it was opened.
         """
         ...
 
+    def listing(self) -> Listing:
+        """All names of the store; made when it is first asked for, and kept.
+
+        Raises:
+            PackError: the store has gone since it was opened.
+        """
+        ...
+
+    def listed(self, numbers: Sequence[int]) -> npt.NDArray[np.void]:
+        """[n] of `LOCATION_DTYPE`: where the names of these numbers in the listing are; MISSING for what has gone since."""
+        ...
+
     def listed_name(self, number: int) -> str:
-        """The path inside the store of the file whose location has method `LISTED` and this number as its offset."""
+        """The name of the file whose location has method `LISTED` and this number as its offset."""
         ...
 
 
@@ -144,7 +152,7 @@ class StoreSpec:
 
 
 def open_store(path: str | os.PathLike[str], mount: str = "") -> ImageStore:
-    """Open a folder or a zip archive.
+    """Open a folder, a zip or tar archive, or a prefix of an object store.
 
     Args:
         path: where it is.
@@ -152,264 +160,124 @@ def open_store(path: str | os.PathLike[str], mount: str = "") -> ImageStore:
 
     Raises:
         SourceError: there is no such place, or the archive's directory cannot be read.
+        UsageError: a URL that is none.
     """
+    # each kind of store builds on this module, and not all are needed
     path = os.fspath(path)
+    mount = clean_name(mount)
+    if "://" in path:
+        from shardify.images.remote import open_remote
+
+        return open_remote(path, mount)
     try:
         mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            from shardify.images.folders import FolderStore
+
+            return FolderStore(path, mount)
+        with open(path, "rb") as file:
+            start = file.read(512)
     except OSError as error:
         raise SourceError(f"{path}: no images there ({error.strerror})") from None
-    if stat.S_ISDIR(mode):
-        return FolderStore(path, FolderReader(os.path.abspath(path)), mount)
-    return _open_zip(path, mount)
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise SourceError(
+                f"{path}: compressed by {name}, so that no image in it can be read by itself; decompress it "
+                f"to a plain .tar (or unpack it into a folder) and give that"
+            )
+    if start[257:262] == b"ustar" or (path.lower().endswith(".tar") and not start.startswith(b"PK")):
+        from shardify.images.tars import open_tar
+
+        return open_tar(path, mount)
+    from shardify.images.zips import open_zip
+
+    return open_zip(path, mount)
 
 
-def _base_name(path: str) -> str:
-    return os.fsencode(os.path.basename(os.path.abspath(path))).decode("utf-8", "replace")
+class OpenFile:
+    """A file that any thread of any process reads by position; it is opened once in each process.
 
+    Args:
+        path: absolute, or the working folder must not change.
+    """
 
-@dataclass(frozen=True, slots=True)
-class FolderReader:
-    """Reads files below `root`. Symbolic links are followed: people link their big disks."""
+    __slots__ = ("_numbers", "path")
 
-    root: str
-
-    def file(self, name: str) -> str:
-        """The path of a file."""
-        return f"{self.root}/{name}"
-
-    def read(self, name: str, location: Location) -> bytes:
-        """See `ImageReader`."""
-        del location  # the file's own size holds
-        try:
-            file = os.open(self.file(name), _READ_FLAGS)
-            try:
-                size = os.fstat(file).st_size
-                _check_size(size)
-                data = os.read(file, size)
-                # network file systems may give less at once
-                while len(data) < size and (more := os.read(file, size - len(data))):
-                    data += more
-            finally:
-                os.close(file)
-        except OSError as error:
-            # a folder that cannot be entered is no fault of the images in it
-            if error.errno in _FAULTS_OF_A_FILE and os.access(self.root, os.X_OK):
-                raise ImageError("image-unreadable", error.strerror or str(error)) from None
-            raise _outage(self.file(name), error) from None
-        return data
-
-
-@dataclass(frozen=True, slots=True)
-class FolderStore:
-    """A folder of images."""
-
-    path: str
-    reader: FolderReader
-    mount: str = ""
-    kind: str = "folder"
-    fingerprint: str = ""
-    examples: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return _base_name(self.path)
-
-    def locate(self, paths: Sequence[tuple[str, ...]]) -> list[Location | None]:
-        """See `ImageStore`."""
-        located = [self._locate(parts) for parts in paths]
-        if None in located:
-            try:
-                os.stat(self.reader.root)
-            except OSError as error:
-                raise _outage(self.path, error) from None
-        return located
-
-    def _locate(self, parts: tuple[str, ...]) -> Location | None:
-        try:
-            found = os.stat(self.reader.file("/".join(parts)))
-        except (FileNotFoundError, NotADirectoryError, UnicodeEncodeError):
-            return None
-        except OSError as error:
-            return None if error.errno == errno.ENAMETOOLONG else Location(0, 0, 0, 0, UNSEEN)
-        if not stat.S_ISREG(found.st_mode):
-            return None
-        return Location(0, found.st_size, found.st_size, 0, PLAIN_FILE)
-
-    def listed_name(self, number: int) -> str:
-        """See `ImageStore`."""
-        raise IndexError(f"{self.path}: no file {number} has been listed")
-
-
-@dataclass(frozen=True, slots=True)
-class ZipReader:
-    """Reads stored and deflated members by position."""
-
-    path: str
-    _files: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._numbers: dict[int, int] = {}  # by process: forked ones have the dict, but not its later changes
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
         return type(self), (self.path,)
 
-    def read(self, name: str, location: Location) -> bytes:
-        """See `ImageReader`."""
-        del name
-        if location.method == ENCRYPTED:
-            raise ImageError("image-unreadable", "encrypted in its archive")
-        if location.method not in READABLE_METHODS:
-            raise ImageError(
-                "image-unreadable", f"compression method {location.method}; stored and deflated can be read"
-            )
-        _check_size(location.size)
-        if location.method == zipfile.ZIP_STORED and location.stored != location.size:
-            raise ImageError("image-damaged", f"stored, but {location.stored} bytes for {location.size}")
-        _check_size(location.stored)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it in this process; reading opens it again."""
+        number = self._numbers.pop(os.getpid(), None)
+        if number is not None:
+            os.close(number)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """`size` bytes from `offset`; fewer at the file's end.
+
+        Raises:
+            PackError: the file cannot be read now.
+        """
         try:
-            packed = self._packed(location)
+            number = self._number()
+            data = os.pread(number, size, offset)
+            # network file systems may give less at once
+            while len(data) < size and (more := os.pread(number, size - len(data), offset + len(data))):
+                data += more
         except OSError as error:
-            raise _outage(self.path, error) from None
-        data = bytes(packed) if location.method == zipfile.ZIP_STORED else _inflate(packed, location.size)
-        if zlib.crc32(data) != location.crc:
-            raise ImageError("image-damaged", "its checksum differs from the archive's directory")
+            raise outage(self.path, error) from None
         return data
 
-    def _packed(self, location: Location) -> memoryview:
-        file = self._file()
-        block = os.pread(file, _HEADER_GUESS + location.stored, location.offset)
-        if block[:4] != b"PK\3\4" or len(block) < _LOCAL_HEADER:
-            raise ImageError("image-damaged", f"no member header at byte {location.offset} of the archive")
-        start = (
-            _LOCAL_HEADER + int.from_bytes(block[26:28], "little") + int.from_bytes(block[28:30], "little")
-        )
-        end = start + location.stored
-        while len(block) < end and (more := os.pread(file, end - len(block), location.offset + len(block))):
-            block += more
-        if len(block) < end:
-            raise ImageError(
-                "image-damaged", f"the archive ends {end - len(block)} bytes before the member's end"
-            )
-        return memoryview(block)[start:end]
-
-    def _file(self) -> int:
-        # one descriptor for each process: forked workers share the dict's content but not its later changes
+    def _number(self) -> int:
         process = os.getpid()
-        if process not in self._files:
-            self._files[process] = os.open(self.path, _READ_FLAGS)
-        return self._files[process]
+        number = self._numbers.get(process)
+        if number is None:
+            opened = os.open(self.path, READ_FLAGS)
+            number = self._numbers.setdefault(process, opened)
+            if number != opened:  # another thread was first
+                os.close(opened)
+        return number
 
 
-def _inflate(packed: memoryview, size: int) -> bytes:
-    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        data = inflate.decompress(packed, size + 1)
-    except zlib.error as error:
-        raise ImageError("image-damaged", f"its compressed data: {error}") from None
-    if len(data) != size:
-        found = f"more than {size} bytes" if len(data) > size else f"{len(data)} of {size} bytes"
-        raise ImageError("image-damaged", f"unpacks to {found}")
-    return data
+def missing_rows(count: int) -> npt.NDArray[np.void]:
+    """[count] of `LOCATION_DTYPE`, all of them MISSING."""
+    rows = np.zeros(count, dtype=LOCATION_DTYPE)
+    rows["store"] = MISSING
+    return rows
 
 
-def _check_size(size: int) -> None:
+def clean_name(name: str) -> str:
+    """A member's name as paths are asked for: '/' between components, none of them empty or '.'.
+
+    It is only ever compared, never opened, so nothing in it is dangerous.
+    """
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+
+
+def base_name(path: str) -> str:
+    """The last component of a path, for outputs."""
+    return os.fsencode(os.path.basename(os.path.abspath(path))).decode("utf-8", "replace")
+
+
+def check_size(size: int) -> None:
+    """Refuse what is too large to read.
+
+    Raises:
+        ImageError: ``image-too-large``.
+    """
     if size > MAX_IMAGE_BYTES:
         raise ImageError("image-too-large", f"{size} bytes; the limit is {MAX_IMAGE_BYTES}")
 
 
-def _outage(path: str, error: OSError) -> PackError:
+def outage(path: str, error: OSError) -> PackError:
+    """The error for what may be otherwise the next time."""
     return PackError(
         f"{path}: cannot be read now ({error.strerror or error}); once it can, the same command again continues"
     )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ZipStore:
-    """A zip archive; `members` maps paths to rows of `rows`, a structured array of `LOCATION_DTYPE`."""
-
-    path: str
-    reader: ZipReader
-    fingerprint: str
-    members: dict[str, int]
-    rows: npt.NDArray[np.void]
-    top: str
-    mount: str = ""
-    kind: str = "archive"
-
-    @property
-    def name(self) -> str:
-        """The archive's own name."""
-        return _base_name(self.path)
-
-    @property
-    def examples(self) -> Sequence[str]:
-        """See `ImageStore`."""
-        return [name[:100] for name in islice(self.members, _EXAMPLES)]
-
-    def locate(self, paths: Sequence[tuple[str, ...]]) -> list[Location | None]:
-        """See `ImageStore`. A single top folder that all members share may be left out of a path, or stand in it alone."""
-        return [self._locate("/".join(parts)) for parts in paths]
-
-    def _locate(self, path: str) -> Location | None:
-        row = self.members.get(path)
-        if row is None and self.top:
-            row = self.members.get(self.top + path)
-        if row is None:
-            return None
-        offset, stored, size, crc, method, *_ = self.rows[row].tolist()
-        return Location(offset, stored, size, crc, method)
-
-    def listed_name(self, number: int) -> str:
-        """See `ImageStore`."""
-        raise IndexError(f"{self.path}: no file {number} has been listed")
-
-
-def _open_zip(path: str, mount: str) -> ZipStore:
-    try:
-        end = os.stat(path).st_size
-        with zipfile.ZipFile(path) as archive:
-            # by the name, which a damaged directory may leave empty, where ZipInfo.is_dir raises
-            files = [entry for entry in archive.infolist() if entry.filename and entry.filename[-1] != "/"]
-            entries = [entry for entry in files if not _is_clutter(entry)]
-    except zipfile.BadZipFile as error:
-        raise SourceError(
-            f"{path}: not a readable zip archive ({error}); images are folders or zip archives"
-        ) from None
-    except (OSError, NotImplementedError, UnicodeError) as error:
-        raise SourceError(f"{path}: cannot be read ({error})") from None
-    rows = np.zeros(len(entries), dtype=LOCATION_DTYPE)
-    # a directory may claim anything: reading refuses what begins at the archive's end, and sizes beyond the limit
-    rows["offset"] = [entry.header_offset if 0 <= entry.header_offset < end else end for entry in entries]
-    rows["stored"] = [min(entry.compress_size, _LARGEST) for entry in entries]
-    rows["size"] = [min(entry.file_size, _LARGEST) for entry in entries]
-    rows["crc"] = [entry.CRC for entry in entries]
-    rows["method"] = [
-        ENCRYPTED if entry.flag_bits & 1 else min(entry.compress_type, 2**15 - 1) for entry in entries
-    ]
-    names = [_clean(entry) for entry in entries]
-    digest = xxhash.xxh3_128(rows.tobytes())
-    digest.update("\0".join(names).encode("utf-8", "surrogateescape"))
-    tops = {name.partition("/")[0] for name in names}
-    in_one_folder = len(tops) == 1 and all("/" in name for name in names)
-    return ZipStore(
-        path=path,
-        reader=ZipReader(os.path.abspath(path)),
-        fingerprint=digest.hexdigest(),
-        members={name: row for row, name in enumerate(names)},
-        rows=rows,
-        top=f"{tops.pop()}/" if in_one_folder else "",
-        mount=mount,
-    )
-
-
-def _is_clutter(entry: zipfile.ZipInfo) -> bool:
-    """What macOS puts into archives beside the files."""
-    return entry.filename.startswith("__MACOSX/") or entry.filename.rpartition("/")[2] == ".DS_Store"
-
-
-def _clean(entry: zipfile.ZipInfo) -> str:
-    """A member's name as `ImageRef.parts` writes paths. It is only ever compared, never opened, so nothing in it is dangerous."""
-    name = entry.filename
-    if not entry.flag_bits & _NAME_IS_UTF8 and not name.isascii():
-        # zipfile reads such a name as code page 437; many tools write UTF-8 without saying so
-        with contextlib.suppress(UnicodeError):
-            name = name.encode("cp437").decode("utf-8")
-    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))

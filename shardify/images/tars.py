@@ -1,0 +1,205 @@
+"""Tar archives as image stores: the headers walked once, members read by position.
+
+ustar, GNU and PAX archives are read: long names, sizes of any length, hard and symbolic links to other members.
+"""
+
+import os
+import posixpath
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from shardify.errors import ImageError, PackError, SourceError
+from shardify.format.headers import (
+    BLOCK,
+    EXTENSIONS,
+    GNU_LINK,
+    MAX_EXTENSION_BYTES,
+    REGULAR,
+    SPARSE,
+    Extension,
+    as_text,
+    parse_header,
+)
+from shardify.images.archives import ArchiveStore, make_store
+from shardify.images.listing import Listing, encode
+from shardify.images.stores import (
+    LOCATION_DTYPE,
+    SPARSE_FILE,
+    STORED,
+    Location,
+    OpenFile,
+    check_size,
+    clean_name,
+)
+
+_WINDOW = 8 * BLOCK  # read at a time: small members' headers come together, large members are skipped
+_CHUNK = 65_536
+_LINKS_FOLLOWED = 8
+
+_HARD_LINK, _SYMBOLIC_LINK = b"1", b"2"
+_LINK = slice(157, 257)
+_MAP_GOES_ON, _MAP_GOES_ON_AGAIN = 482, 504  # bytes of an old GNU sparse header, and of the blocks behind it
+
+
+class TarReader:
+    """Reads members by position.
+
+    Args:
+        path: the archive.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.file = OpenFile(path)
+
+    def read(self, name: str, location: Location) -> bytes:
+        """See `ImageReader`."""
+        del name
+        if location.method != STORED:
+            raise ImageError("image-unreadable", "a sparse file in its archive")
+        check_size(location.size)
+        data = self.file.read(location.size, location.offset)
+        if len(data) < location.size:
+            raise ImageError(
+                "image-damaged",
+                f"the archive ends {location.size - len(data)} bytes before the member's end",
+            )
+        return data
+
+
+def open_tar(path: str, mount: str = "") -> ArchiveStore:
+    """Open a plain tar archive.
+
+    Raises:
+        SourceError: it is none, or damaged or cut off (with the byte where).
+    """
+    reader = TarReader(os.path.abspath(path))
+    places, links = array("q"), _Links()
+    try:
+        size = os.stat(path).st_size
+        with reader.file as file:
+            names = Listing.of(_members(file, size, places, links))
+    except (OSError, PackError) as error:
+        raise SourceError(f"{path}: cannot be read ({error})") from None
+    except _Damaged as error:
+        raise SourceError(f"{path}: not a readable tar archive ({error})") from None
+    numbers = np.array(places, np.int64).reshape(-1, 3)
+    rows = np.zeros(len(numbers), LOCATION_DTYPE)
+    rows["offset"], rows["size"], rows["method"] = numbers.T
+    rows["stored"] = rows["size"]
+    if links.names:
+        names, rows = _with_links(names, rows, links)
+    return make_store(path, mount, reader, names, rows)
+
+
+class _Damaged(Exception):  # noqa: N818 - never leaves this module
+    """It is no tar archive, or one that cannot be understood."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Links:
+    """Members that stand for others: names and targets."""
+
+    names: list[str] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
+
+
+def _members(file: OpenFile, total: int, places: "array[int]", links: _Links) -> Iterator[list[bytes]]:
+    """The names of regular members, some at a time; offset, size and method of each are appended to `places`."""
+    names: list[bytes] = []
+    at, window_at, window = 0, 0, b""
+    extension, long_link = Extension(), ""
+    while True:
+        if not window_at <= at <= window_at + len(window) - BLOCK:
+            window_at, window = at, file.read(_WINDOW, at)
+        place = at - window_at
+        header = window[place : place + BLOCK]
+        if not header.strip(b"\0"):
+            if len(header) < BLOCK and (header or at == 0):
+                raise _Damaged(f"it is cut off at byte {at + len(header)}")
+            break  # some writers leave out the end mark
+        parsed = parse_header(header)
+        if parsed is None:
+            raise _Damaged(f"no tar header at byte {at}")
+        name, size, kind = parsed
+        begin = at + BLOCK
+        if kind in EXTENSIONS:
+            data = file.read(min(size, MAX_EXTENSION_BYTES), begin)
+            if len(data) < size or not extension.read(kind, data):
+                raise _Damaged(f"a long name or extended header at byte {at} is damaged or cut off")
+            if kind == GNU_LINK:
+                long_link = as_text(data)
+            at = begin + size + -size % BLOCK
+            continue
+        sparse = kind == SPARSE or extension.sparse
+        if extension.size is not None and (sparse or kind in REGULAR):
+            size = extension.size
+        if kind == SPARSE and header[_MAP_GOES_ON]:
+            begin = _behind_sparse_map(file, begin)
+        if begin + size > total:
+            raise _Damaged(
+                f"it is cut off: the member at byte {at} ends at byte {begin + size}, the file at byte {total}"
+            )
+        name = _clean(extension.path or name)
+        if name and (kind in REGULAR or sparse):
+            names.append(name.encode("utf-8", "surrogatepass"))
+            places.extend((begin, size, SPARSE_FILE if sparse else STORED))
+        elif name and kind in (_HARD_LINK, _SYMBOLIC_LINK):
+            target = long_link or as_text(header[_LINK])
+            links.names.append(name)
+            links.targets.append(_target(name, target, symbolic=kind == _SYMBOLIC_LINK))
+        extension, long_link = Extension(), ""
+        at = begin + size + -size % BLOCK
+        if len(names) >= _CHUNK:
+            yield names
+            names = []
+    yield names
+
+
+def _behind_sparse_map(file: OpenFile, begin: int) -> int:
+    """Where the data of an old GNU sparse member begins: its map may go on in blocks behind the header."""
+    while True:
+        block = file.read(BLOCK, begin)
+        if len(block) < BLOCK:
+            raise _Damaged(f"it is cut off at byte {begin + len(block)}")
+        begin += BLOCK
+        if not block[_MAP_GOES_ON_AGAIN]:
+            return begin
+
+
+def _clean(name: str) -> str:
+    """A name as paths are asked for; empty for folders, and for what macOS puts beside files."""
+    if name.endswith("/"):
+        return ""
+    base = name.rpartition("/")[2]
+    if base == ".DS_Store" or base.startswith("._"):
+        return ""
+    if "/." in name or "//" in name or "\\" in name or name[:1] in (".", "/"):
+        return clean_name(name)
+    return name
+
+
+def _target(name: str, target: str, *, symbolic: bool) -> str:
+    """The name a link stands for: of a hard link as it is, of a symbolic one from its own folder."""
+    if symbolic:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    return clean_name(target)
+
+
+def _with_links(
+    names: Listing, rows: npt.NDArray[np.void], links: _Links
+) -> tuple[Listing, npt.NDArray[np.void]]:
+    """The members, and behind them the links that lead to one of them."""
+    todo = list(zip(links.names, links.targets, strict=True))
+    for _ in range(_LINKS_FOLLOWED):
+        numbers = names.find([target for _, target in todo])
+        solved = [name for (name, _), number in zip(todo, numbers.tolist(), strict=True) if number >= 0]
+        if not solved:
+            break
+        rows = np.concatenate((rows, rows[numbers[numbers >= 0]]))
+        names = Listing.of([*names.chunks(), encode(solved)])
+        todo = [link for link, number in zip(todo, numbers.tolist(), strict=True) if number < 0]
+    return names, rows
