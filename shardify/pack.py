@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,8 @@ _FOUND_BY = {BY_PREFIX: "image-by-prefix", BY_SUFFIX: "image-by-suffix", BY_STEM
 _SHOWN = 300  # characters of a name or detail that are kept of a record set aside
 _MAX_OPEN = 64  # record files at a time, of the thousands that there may be
 _REPORT_EVERY = 0.2  # seconds
+
+_Item = TypeVar("_Item")
 
 Report = Callable[[int, int], None]
 """Is told now and then how many records have been packed or set aside, and bytes written, since it was told last."""
@@ -196,10 +198,42 @@ def pack_shard(
     Raises:
         PackError: a file cannot be written, or a record is bad and its policy is to fail.
     """
+    return write_shard(
+        context,
+        task.name,
+        compress=context.compress,
+        write=lambda writer: _write_samples(context, task, writer, report),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What is known of a shard beside its tar."""
+
+    rows: SidecarBuilder = field(default_factory=SidecarBuilder)
+    set_aside: list[SetAside] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    tolerant: list[int] = field(default_factory=list)
+
+
+def write_shard(
+    context: RunContext, name: str, *, compress: str, write: Callable[[ShardWriter], Content]
+) -> ShardResult:
+    """Make a tar and its sidecar.
+
+    Args:
+        context: the run.
+        name: the tar's name.
+        compress: ``zstd``, or empty.
+        write: writes all samples, and says what is known of them.
+
+    Raises:
+        PackError: a file cannot be written.
+    """
     try:
-        with context.output.create(task.name) as draft:
-            writer = ShardWriter(draft, compress=context.compress)
-            content = _write_samples(context, task, writer, report)
+        with context.output.create(name) as draft:
+            writer = ShardWriter(draft, compress=compress)
+            content = write(writer)
             digest = writer.close()
             draft.commit()
         info = ShardInfo(
@@ -210,28 +244,18 @@ def pack_shard(
             tolerant=content.tolerant,
             plan=context.plan,
         )
-        context.output.put(names.sidecar_name(task.name), content.rows.encode(writer.spans, info))
+        context.output.put(names.sidecar_name(name), content.rows.encode(writer.spans, info))
     except OSError as error:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        raise PackError(f"shard {task.name}: {where}{error.strerror or error}") from None
+        raise PackError(f"shard {name}: {where}{error.strerror or error}") from None
     counts = Counter(item.code for item in content.set_aside)
-    return ShardResult(task.name, len(content.rows), info.bytes, dict(counts))
+    return ShardResult(name, len(content.rows), info.bytes, dict(counts))
 
 
 def find_faults(context: PackContext, task: ShardTask) -> list[SetAside]:
     """What `pack_shard` would set aside of this task; writes nothing."""
     with open(os.devnull, "wb", buffering=0) as nowhere:
         return _write_samples(context, task, ShardWriter(nowhere), lambda _records, _bytes: None).set_aside
-
-
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """What is known of a shard beside its tar."""
-
-    rows: SidecarBuilder = field(default_factory=SidecarBuilder)
-    set_aside: list[SetAside] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)
-    tolerant: list[int] = field(default_factory=list)
 
 
 class _BadImage(Exception):  # noqa: N818 - never leaves this module
@@ -282,11 +306,11 @@ class _Picture(NamedTuple):
     notes: tuple[str, ...]
 
 
-def _write_samples(context: PackContext, task: ShardTask, writer: ShardWriter, report: Report) -> _Content:
-    content = _Content()
+def _write_samples(context: PackContext, task: ShardTask, writer: ShardWriter, report: Report) -> Content:
+    content = Content()
     candidates = _candidates(context, task)
     read = read_ahead(lambda candidate: _read_images(context, candidate), candidates, size=_image_bytes)
-    for candidate, images in _reported(read, writer, report):
+    for candidate, images in reported(read, writer, report):
         record, prepared = candidate.record, candidate.prepared
         try:
             if isinstance(images, Exception):
@@ -494,13 +518,10 @@ def _check_span(sizes: list[int], raw: bytes) -> None:
         raise RecordError("sample-too-large", f"{span} bytes, {len(sizes)} images")
 
 
-_Read = tuple[_Candidate, list[_Picture] | SampleError | _BadImage]
-
-
-def _reported(read: Iterator[_Read], writer: ShardWriter, report: Report) -> Iterator[_Read]:
-    """What was read; tells how much of it is done."""
+def reported(items: Iterator[_Item], writer: ShardWriter, report: Report) -> Iterator[_Item]:
+    """The records of a shard; tells how many of them are done."""
     done, told, size = 0, time.monotonic(), writer.offset
-    for item in read:
+    for item in items:
         yield item
         done += 1
         if (now := time.monotonic()) - told >= _REPORT_EVERY:
@@ -520,10 +541,10 @@ def _set_aside(
     item = SetAside(
         record=record.number,
         source=record.source,
-        id=None if id_ is None else _printable(id_),
+        id=None if id_ is None else printable(id_),
         code=error.code,
-        detail=_printable(detail),
-        image=None if image is None else _printable(image),
+        detail=printable(detail),
+        image=None if image is None else printable(image),
     )
     if context.policies.action(error.code) == FAIL:
         raise PackError(f"{describe(item)} (--on-bad fail, or --policy {error.code}=fail)")
@@ -541,7 +562,7 @@ def _id_of(raw: bytes) -> str | None:
     return json.dumps(record["id"]) if "id" in record else None
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Lone surrogates, which no UTF-8 file can hold, as escapes; the start of what is too long to be a name (an image as base64)."""
     if len(text) > _SHOWN:
         text = f"{text[:_SHOWN]}... ({len(text)} characters)"
