@@ -21,9 +21,9 @@ from shardify.audit import REASONS
 from shardify.errors import RecordError, SampleError, SourceError, UsageError
 from shardify.format.index import MAX_IMAGES, MAX_SIZE
 from shardify.format.tar import sample_span
-from shardify.images.resolve import Resolver
+from shardify.images.resolve import Resolver, Rule
 from shardify.images.spool import SPOOLED
-from shardify.images.stores import EXACT, LOCATION_DTYPE, MISSING
+from shardify.images.stores import EXACT, LOCATION_DTYPE, MISSING, PLAIN_FILE
 from shardify.pack import ID_REPEATED, IMAGE_REPEATED, RECORD_DTYPE, SOURCE_NOTES
 from shardify.prepare import prepare
 from shardify.records import MAX_RECORD_BYTES, NO_ID, load_record
@@ -245,25 +245,42 @@ def _survey_batch(
     rows["code"] = codes
     rows["span"] = [0 if code else sample_span(size) for code, size in zip(codes, sizes, strict=True)]
     rows["images"] = np.bincount(owners, minlength=len(raws)) if owners else 0
-    return _Located(located, _image_hashes(paths, located))
+    return _Located(located, _image_hashes(paths, located, resolver.rules))
 
 
-def _image_hashes(paths: Sequence[str], located: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
-    """Equal for equal images as far as their names or places say; 0 for what was not found."""
-    in_archive = (located["offset"] > 0) | (located["method"] == SPOOLED)
+def _image_hashes(
+    paths: Sequence[str], located: npt.NDArray[np.void], rules: Sequence[Rule]
+) -> npt.NDArray[np.uint64]:
+    """Equal for equal images as far as their places and names say; 0 for what was not found."""
+    places = zip(
+        paths,
+        located["store"].tolist(),
+        located["offset"].tolist(),
+        located["method"].tolist(),
+        located["rule"].tolist(),
+        strict=True,
+    )
     hashes = np.array(
         [
             xxhash.xxh3_64_intdigest(
-                b"%d:%d" % (store, offset) if known else path.encode("utf-8", "surrogatepass")
+                _same_path(path, rules[rule] if rule else None).encode("utf-8", "surrogatepass")
+                if method == PLAIN_FILE
+                else b"%d" % offset,
+                seed=store & 0xFFFF,
             )
-            for path, store, offset, known in zip(
-                paths, located["store"].tolist(), located["offset"].tolist(), in_archive.tolist(), strict=True
-            )
+            for path, store, offset, method, rule in places
         ],
         dtype=np.uint64,
     )
     hashes[located["store"] == MISSING] = 0
     return hashes
+
+
+def _same_path(path: str, rule: Rule | None) -> str:
+    """One spelling of a file's path."""
+    if "\\" in path or "/." in path or "//" in path or path.startswith("."):
+        path = "/".join(part for part in path.replace("\\", "/").split("/") if part not in ("", "."))
+    return rule.new + path.removeprefix(rule.old) if rule else path
 
 
 def _same_id(text: str) -> str:

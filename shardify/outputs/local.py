@@ -90,14 +90,14 @@ class LocalOutput:
         """See `Output`."""
         try:
             return open(self._path(name), "rb")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def size(self, name: str) -> int | None:
         """See `Output`."""
         try:
             return os.stat(self._path(name)).st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def sizes(self) -> dict[str, int]:
@@ -109,7 +109,7 @@ class LocalOutput:
                     for entry in entries
                     if not entry.name.startswith(".")
                 }
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
 
     @contextmanager

@@ -21,15 +21,16 @@ import webdataset
 import xxhash
 from PIL import Image
 
-from shardify import convert, pack
-from shardify.outputs import local as outputs_local
-from shardify.outputs.local import LocalOutput
-from shardify.run import allowed_bad
+from shardify import convert
+from shardify import run as run_module
 from shardify.convert import PackOptions, pack_dataset
 from shardify.errors import PackError, ShardifyError, SourceError, UsageError
 from shardify.format.index import read_index
 from shardify.format.manifest import read_manifest
 from shardify.format.sidecar import SetAside, ShardInfo, read_shard_info, read_sidecar, write_sidecar
+from shardify.outputs import local as outputs_local
+from shardify.outputs.local import LocalOutput
+from shardify.run import allowed_bad
 
 
 def jpeg(seed, size=(40, 30), format_="JPEG"):
@@ -300,10 +301,16 @@ def test_every_reason_and_note(source):
     manifest, lines = check_consistent(source, source / "out1")
     assert manifest.counts.packed == len(kept)
     assert manifest.counts.notes == {
+        "id-has-dot": 2,
+        "id-has-slash": 2,
         "id-missing": 1,
+        "id-not-text": 1,
         "id-repeated": 1,
         "image-extension-differs": 1,
+        "image-token-without-image": 1,
+        "last-turn-not-answer": 1,
         "record-tolerant": 1,
+        "text-only": 2,
     }
     assert [line["record"] for line in lines] == sorted(line["record"] for line in lines)
     reasons = {json.dumps(item) if isinstance(item, dict) else item.decode(): code for item, code in bad}
@@ -435,14 +442,15 @@ def test_ended_between_any_two_operations_and_run_again(source, monkeypatch):
 
 def stopped_after_a_shard(source, monkeypatch, **changes):
     """A run that ended when its first shard was done."""
-    real = pack.sync_folder
+    real = LocalOutput.put
     with monkeypatch.context() as patch:
 
-        def stop(path):
-            real(path)
-            raise KeyboardInterrupt
+        def stop(output, name, *arguments, **named):
+            real(output, name, *arguments, **named)
+            if name.endswith(".parquet"):
+                raise KeyboardInterrupt
 
-        patch.setattr(pack, "sync_folder", stop)
+        patch.setattr(LocalOutput, "put", stop)
         with pytest.raises(KeyboardInterrupt):
             pack_dataset(options(source, **changes))
     assert [path.name for path in (source / "out").glob("*.tar")] == ["000.tar"]
@@ -655,13 +663,13 @@ def test_a_record_file_replaced_while_packing_ends_the_run(source, monkeypatch):
 
 def test_a_record_file_replaced_at_the_very_end_does_not_get_a_manifest(source, monkeypatch):
     other = write_records(source / "other.json", GOOD[::-1])
-    pack_shards = convert._pack_shards
+    make_shards = run_module._make_shards
 
     def replacing(*arguments):
-        pack_shards(*arguments)
+        make_shards(*arguments)
         os.replace(other, source / "chat.json")
 
-    monkeypatch.setattr(convert, "_pack_shards", replacing)
+    monkeypatch.setattr(run_module, "_make_shards", replacing)
     with pytest.raises(SourceError, match="has changed since packing began"):
         pack_dataset(options(source))
     assert not (source / "out" / "manifest.json").exists()
@@ -703,7 +711,9 @@ def test_ids_that_are_spelled_differently_are_the_same(source):
     write_records(source / "chat.json", records)
     pack_dataset(options(source, images=[], shards=1))
     notes = read_manifest(source / "out" / "manifest.json").counts.notes
-    assert notes == {"id-repeated": 2, "record-tolerant": 1}
+    assert notes["id-repeated"] == 2
+    assert notes["record-tolerant"] == 1
+    assert notes["id-not-text"] == 1
 
 
 def test_a_sample_that_no_index_row_can_say_is_set_aside_unread(source):
@@ -796,7 +806,8 @@ def test_names_that_are_images_are_cut_where_they_are_told(source):
     lines = (source / "out" / "quarantine.jsonl").read_text().splitlines()
     assert len(lines) == 30
     assert all(len(line) < 1000 for line in lines)
-    assert "characters)" in msgspec.json.decode(lines[0])["image"]
+    assert msgspec.json.decode(lines[0])["code"] == "image-not-a-path"
+    assert "characters)" in msgspec.json.decode(lines[-1])["id"]
 
 
 def test_a_sidecar_of_a_hundred_thousand_refusals_can_be_read(tmp_path):
@@ -840,13 +851,15 @@ def test_a_folder_with_a_dot_gives_no_name_an_extension(source):
     write_folder(source / "images", {"x.y/abc": jpeg(1)})
     write_records(source / "chat.json", [record(0, "x.y/abc"), record(1, "x.y\\abc")])
     pack_dataset(options(source, shards=1))
-    assert read_manifest(source / "out" / "manifest.json").counts.notes == {}
+    notes = read_manifest(source / "out" / "manifest.json").counts.notes
+    assert "image-extension-differs" not in notes
+    assert notes.keys() == {"id-has-dot", "id-has-slash", "image-repeated"}
 
 
 def test_an_id_of_null_is_none(source):
     write_records(source / "chat.json", [record(0, id=None), record(1, id=None)])
     pack_dataset(options(source, shards=1))
-    assert read_manifest(source / "out" / "manifest.json").counts.notes == {"id-missing": 2}
+    assert read_manifest(source / "out" / "manifest.json").counts.notes["id-missing"] == 2
 
 
 def long_pack(source):

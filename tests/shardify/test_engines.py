@@ -6,7 +6,7 @@ import zipfile
 import pytest
 from PIL import Image
 
-from shardify import convert, pack
+from shardify import pack, run
 from shardify.convert import PackOptions, pack_dataset
 from shardify.engines.local import run_shards
 from shardify.errors import PackError
@@ -44,16 +44,16 @@ def pack_with(source, **changes):
 def test_progress_is_told_record_by_record(source, monkeypatch, workers):
     told = []
 
-    def watched(context, tasks, *, workers, report):
+    def watched(execute, context, tasks, *, workers, report):
         def watch(count, size):
             told.append((count, size))
             report(count, size)
 
-        for result in run_shards(context, tasks, workers=workers, report=watch):
+        for result in run_shards(execute, context, tasks, workers=workers, report=watch):
             told.append(result)
             yield result
 
-    monkeypatch.setattr(convert, "run_shards", watched)
+    monkeypatch.setattr(run, "run_local", watched)
     monkeypatch.setattr(pack, "_REPORT_EVERY", 0)  # workers are forked: they have it too
     pack_with(source, shards=2, workers=workers)
     reports = [item for item in told if isinstance(item, tuple)]
@@ -81,7 +81,7 @@ def test_an_outage_ends_the_run_and_costs_no_record(source, monkeypatch, kind, w
         place.rename(source / "away")
         return run_shards(*arguments, **options)
 
-    monkeypatch.setattr(convert, "run_shards", without_images)
+    monkeypatch.setattr(run, "run_local", without_images)
     with pytest.raises(PackError, match=rf"{place}.*the same command again continues"):
         pack_with(source, images=[place], shards=6, workers=workers)
     assert not list((source / "out").glob("*.tar"))
