@@ -29,6 +29,9 @@ REASONS: Mapping[str, str] = {
     "image-truncated": "the end of the image is missing",
     "image-too-large": "the image has more bytes or pixels than any photograph",
     "sample-too-large": "the sample has more bytes or images than an index row can say",
+    "sample-damaged": "the sample's bytes are not those that its sidecar has the hashes of",
+    "member-name-too-long": "a member's name and its key are longer than the 100 bytes of a tar header",
+    "excluded": "an exclusion list names the sample",
 }
 """Why a record is set aside. A record has one reason, the first that is met."""
 

@@ -537,7 +537,7 @@ def _set_aside(
     detail = error.detail
     if error.code == "record-not-json":  # it may be two that an open quote has made one
         detail += f"; {record.length} bytes, from byte {record.offset} of the file"
-    id_ = prepared.sample.id if prepared else _id_of(record.raw)
+    id_ = prepared.sample.id if prepared else id_of(record.raw)
     item = SetAside(
         record=record.number,
         source=record.source,
@@ -551,7 +551,7 @@ def _set_aside(
     return item
 
 
-def _id_of(raw: bytes) -> str | None:
+def id_of(raw: bytes) -> str | None:
     """The id of a record that cannot be a sample, where it has one."""
     if len(raw) > MAX_RECORD_BYTES:
         return None

@@ -70,6 +70,7 @@ class Job(Generic[_Context, _Task]):
         sources: the record sources' names in their order.
         max_bad: how many records may be set aside: a count, or a percentage with ``%``.
         fail_fast: the reasons at which a shard finished earlier stops the run.
+        uncounted: the reasons that are no fault, and do not count for `max_bad`.
         base: the finished set that is added to.
         before_manifest: is called when all shards are made; raises what speaks against finishing.
     """
@@ -85,6 +86,7 @@ class Job(Generic[_Context, _Task]):
     sources: Sequence[str]
     max_bad: str
     fail_fast: frozenset[str] = frozenset()
+    uncounted: frozenset[str] = frozenset()
     base: Manifest | None = None
     before_manifest: Callable[[], None] = lambda: None
 
@@ -127,7 +129,7 @@ def _make_shards(job: Job[_Context, _Task], engine: Engine) -> None:
     def count(shard: int, set_aside: Counter[str]) -> None:
         """The shard's own findings take the place of what was known of it."""
         bad.subtract(job.known(shard))
-        bad.update(set_aside)
+        bad.update({code: times for code, times in set_aside.items() if code not in job.uncounted})
         if bad.total() > limit:
             name = job.shard_names[shard]
             info = finished_shard(job.context, name, size=output.size(name))
