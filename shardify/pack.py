@@ -505,7 +505,7 @@ def _image_notes(candidate: _Candidate, pictures: list[_Picture]) -> list[str]:
     for image, reference, picture in zip(candidate.images, references, pictures, strict=True):
         if image.how:
             notes.append(_FOUND_BY[image.how])
-        stem, dot, extension = reference.parts()[-1].rpartition(".")
+        stem, dot, extension = reference.path.replace("\\", "/").rpartition("/")[2].rpartition(".")
         if stem and dot and not same_format(extension, picture.header.format):
             notes.append("image-extension-differs")
         notes += picture.notes

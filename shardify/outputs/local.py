@@ -16,6 +16,7 @@ from typing import BinaryIO, Self
 
 from shardify.errors import UsageError
 from shardify.format.names import PLAN, WORK_FOLDER
+from shardify.outputs.direct import DirectFile
 
 _LOCK = f"{WORK_FOLDER}/lock"
 _DRAFT = ".draft"
@@ -32,35 +33,37 @@ def sync_folder(path: str) -> None:
 
 
 class LocalDraft:
-    """See `Draft`; `descriptor` is the open file."""
+    """See `Draft`."""
 
     def __init__(self, folder: str, name: str) -> None:
         self._target = os.path.join(folder, name)
         # two attempts at one shard may run at once, when the first is only thought dead
         unfinished = f"{os.path.basename(name)}.{uuid.uuid4().hex}{_DRAFT}"
         self._path = os.path.join(folder, WORK_FOLDER, unfinished)
-        self.descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._file: DirectFile | None = DirectFile(self._path)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        if self._file is not None:
+            self._file.close()
+            self._file = None
             with suppress(FileNotFoundError):
                 os.unlink(self._path)
 
     def write(self, data: bytes | memoryview, /) -> int:
         """See `Draft`."""
-        return os.write(self.descriptor, data)
+        assert self._file is not None
+        return self._file.write(data)
 
     def commit(self) -> None:
         """See `Draft`."""
-        os.fsync(self.descriptor)
+        assert self._file is not None
+        self._file.sync()
         os.rename(self._path, self._target)
-        os.close(self.descriptor)
-        self.descriptor = -1
+        self._file.close()
+        self._file = None
         sync_folder(os.path.dirname(self._target))
 
 
@@ -80,9 +83,7 @@ class LocalOutput:
         if new and os.path.lexists(self._path(name)):
             return False
         with self.create(name) as draft:
-            view = memoryview(content)
-            while view:
-                view = view[draft.write(view) :]
+            draft.write(content)
             draft.commit()
         return True
 

@@ -68,7 +68,10 @@ class RemoteOutput:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """See `Output`. Nobody is kept out; what is claimed is a local folder for the run's spool."""
+        """See `Output`. Nobody is kept out; what is claimed is a local folder for the run's spool.
+
+        A run that ends before it is done removes the uploads that its workers were ended in, where uploads can be listed.
+        """
         try:
             objects.sizes(self.place)
         except PackError as error:
@@ -77,6 +80,9 @@ class RemoteOutput:
         self._folders.append(folder)
         try:
             yield
+        except BaseException:
+            objects.abort_uploads(self.place, suffixes=_SHARDS)
+            raise
         finally:
             self._folders.remove(folder)
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,117 @@
+"""A name that exists is complete, whatever happens while it is written."""
+
+import fcntl
+import os
+import resource
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardify.outputs import direct, open_output
+from shardify.outputs.direct import DirectFile
+from shardify.outputs.local import LocalOutput
+
+
+@given(st.lists(st.integers(0, 30_000), max_size=20), st.integers(1, 5))
+def test_any_parts_come_out_as_they_went_in(tmp_path_factory, sizes, pages):
+    path = tmp_path_factory.mktemp("direct") / "file"
+    before = threading.active_count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "_BUFFER_BYTES", pages * 4096)
+        file = DirectFile(str(path))
+        parts = [os.urandom(size) for size in sizes]
+        assert [file.write(part) for part in parts] == sizes
+        file.sync()
+        file.close()
+    assert path.read_bytes() == b"".join(parts)
+    assert threading.active_count() == before
+
+
+@pytest.fixture
+def out(tmp_path):
+    output = open_output(str(tmp_path / "out"))
+    with output.claimed():
+        yield output
+
+
+def everything(output):
+    return sorted(os.path.relpath(os.path.join(folder, name), output.place)
+                  for folder, _, names in os.walk(output.place) for name in names)  # fmt: skip
+
+
+def test_nothing_is_seen_before_commit_and_nothing_is_left_without(out):
+    with out.create("000.tar") as draft:
+        draft.write(b"x" * 10_000_000)
+        assert out.size("000.tar") is None
+        assert out.open("000.tar") is None
+    assert everything(out) == [".packing/lock"]
+    with out.create("000.tar") as draft:
+        draft.write(b"x" * 10_000_000)
+        draft.commit()
+    assert out.sizes() == {"000.tar": 10_000_000}
+    with out.open("000.tar") as file:
+        assert file.read() == b"x" * 10_000_000
+    assert everything(out) == [".packing/lock", "000.tar"]
+
+
+def test_a_file_system_without_direct_writes_gets_ordinary_ones(tmp_path, monkeypatch):
+    real_open, real_write = os.open, os.write
+    refused = []
+
+    def refuse_open(path, flags, *rest, **named):
+        if flags & os.O_DIRECT:
+            refused.append("open")
+            raise OSError(22, "Invalid argument")
+        return real_open(path, flags, *rest, **named)
+
+    def refuse_write(file, data):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append("write")
+            raise OSError(22, "Invalid argument")
+        return real_write(file, data)
+
+    content = os.urandom(9_000_001)
+    for name, function in (("open", refuse_open), ("write", refuse_write)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, function)
+            file = DirectFile(str(tmp_path / name))
+            file.write(content)
+            file.sync()
+            file.close()
+        assert (tmp_path / name).read_bytes() == content
+    assert refused == ["open", "write"]
+
+
+def test_a_full_disk_is_said_by_the_next_write_or_the_commit(out):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        for size in (2_000_000, 50_000_000):
+            with pytest.raises(OSError, match="too large"), out.create("000.tar") as draft:
+                for _ in range(size // 1_000_000):
+                    draft.write(bytes(1_000_000))
+                draft.commit()
+            assert out.sizes() == {}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert everything(out) == [".packing/lock"]
+
+
+def test_a_new_file_does_not_replace_an_old_one(out):
+    assert out.put("a", b"1", new=True)
+    assert not out.put("a", b"2", new=True)
+    assert out.put("a", b"3")
+    assert out.open("a").read() == b"3"
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_one(tmp_path):
+    output = LocalOutput(str(tmp_path / "out"))
+    with output.claimed():
+        output.put(".packing/plan.json", b"{}")
+        draft = output.create("000.tar")
+        draft.write(b"x" * 10)
+        (tmp_path / "out" / ".packing" / "000.tar.1.draft").write_bytes(b"half")
+    with output.claimed():
+        assert everything(output) == [".packing/lock", ".packing/plan.json"]
