@@ -6,8 +6,11 @@ cut off is only a suspicion (cameras append data, old writers leave out the end 
 
 import struct
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from io import BytesIO
+from threading import Lock
 
 from PIL import Image, UnidentifiedImageError
 
@@ -35,9 +38,25 @@ _FORMATS = {
 _OPENED = tuple(name for name in _FORMATS if name != "MPO")
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _MARKER = struct.Struct(">BBH")
-_TWO_BIG = struct.Struct(">II")
+_FRAME = struct.Struct(">HHB")
+_CMYK_COMPONENTS = 4
+_PNG_HEADER = struct.Struct(">IIBB")
+_PNG_CHUNK = struct.Struct(">I4s")
+_DEEP = 16
+_RIFF_CHUNK = struct.Struct("<4sI")
+_WEBP_ALPHA, _WEBP_EXIF, _WEBP_ANIMATION = 0x10, 0x08, 0x02
+_CHUNKS = 64  # looked at
+_TAIL = 65_536
+_EXIF = b"Exif\0\0"
+_ORIENTATION = 0x0112
+_TURNED = range(2, 9)
+_TINY = 4  # pixels
 # SOF0..SOF15 hold the size; C4 is DHT, C8 JPG (reserved), CC DAC (ITU-T T.81, table B.1)
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+CHECKS = ("header", "decode", "none")
+"""How much of an image is looked at: see `probe`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +67,8 @@ class ImageHeader:
         format: as a file extension: jpg, png, gif, webp, bmp, tif, avif, jp2, ppm, ico or qoi.
         width: in pixels as stored; EXIF orientation is ignored.
         height: likewise.
+        traits: note codes (`audit.NOTES`) of what a reader may stumble over: ``image-rotated``, ``image-alpha``, ``image-cmyk``,
+            ``image-deep``, ``image-animated``, ``image-elongated``, ``image-tiny``.
     """
 
     format: str
@@ -61,11 +82,15 @@ def probe(data: bytes | memoryview, *, check: str = "header") -> ImageHeader:
 
     Args:
         data: the whole image file.
+        check: ``header``: an end that looks cut off is decoded to make sure. ``decode``: every image is decoded (its first frame).
+            ``none``: format and size only.
 
     Raises:
-        ImageError: ``image-empty`` (no bytes, or no pixels), ``image-unrecognised``, ``image-truncated``, or ``image-too-large`` (over
-            `MAX_PIXELS`).
+        ImageError: ``image-empty`` (no bytes, or no pixels), ``image-unrecognised``, ``image-truncated``, ``image-too-large`` (over
+            `MAX_PIXELS`; found before anything is decoded), or, with ``decode``, ``image-undecodable``.
     """
+    if check not in CHECKS:
+        raise ValueError(f"check={check!r}: one of {', '.join(CHECKS)}")
     if not len(data):
         raise ImageError("image-empty", "no bytes")
     start = bytes(data[:32])
@@ -75,24 +100,103 @@ def probe(data: bytes | memoryview, *, check: str = "header") -> ImageHeader:
         header = _read_jpeg(data)
         complete = data[-2:] == b"\xff\xd9"
     elif start.startswith(b"\x89PNG\r\n\x1a\n"):
-        header = _read_png(start)
+        header = _read_png(data, start)
         complete = data[-len(_PNG_END) :] == _PNG_END
     elif start.startswith(b"RIFF") and start[8:12] == b"WEBP":
-        header = _read_webp(start)
+        header = _read_webp(data, start)
         complete = len(data) >= 8 + int.from_bytes(start[4:8], "little")
     elif start.startswith((b"GIF87a", b"GIF89a")):
         complete = data[-1:] == b";"
     if header is None:
-        header = _open(data)
-    if not header.width or not header.height:
-        raise ImageError("image-empty", f"{header.width} x {header.height} pixels")
-    if header.width * header.height > MAX_PIXELS:
-        raise ImageError(
-            "image-too-large", f"{header.width} x {header.height} pixels; the limit is {MAX_PIXELS} pixels"
-        )
-    if check == "decode" or (check == "header" and not complete and not _ends_inside(data, header.format)):
-        _decode(data)
+        header = _open(data, check=check)
+    width, height = header.width, header.height
+    if not width or not height:
+        raise ImageError("image-empty", f"{width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise ImageError("image-too-large", f"{width} x {height} pixels; the limit is {MAX_PIXELS} pixels")
+    if check == "decode":
+        with decoded(data):
+            pass
+    elif check == "header" and not complete and not _ends_inside(data, header.format):
+        try:
+            with decoded(data):
+                pass
+        except ImageError as error:
+            code = "image-truncated" if error.code == "image-undecodable" else error.code
+            raise ImageError(code, error.detail) from None
+    if max(width, height) ** 2 > MAX_PIXELS:
+        header = replace(header, traits=(*header.traits, "image-elongated"))
+    if min(width, height) <= _TINY:
+        header = replace(header, traits=(*header.traits, "image-tiny"))
     return header
+
+
+@contextmanager
+def decoded(data: bytes | memoryview) -> Iterator[Image.Image]:
+    """An image whose header has been read, decoded by Pillow (its first frame), for work on it; see `_opened`.
+
+    Raises:
+        ImageError: ``image-too-large``, ``image-truncated`` or ``image-undecodable``.
+    """
+    try:
+        with _opened(data) as image:
+            image.load()
+            yield image
+    except ImageError as error:
+        code = "image-undecodable" if error.code == "image-unrecognised" else error.code
+        raise ImageError(code, error.detail) from None
+
+
+@contextmanager
+def _opened(data: bytes | memoryview) -> Iterator[Image.Image]:
+    """An image as Pillow opens it, for work on it; what the work raises is an `ImageError`. Any number of threads may do this.
+
+    Raises:
+        ImageError: ``image-too-large``, ``image-unrecognised``, ``image-truncated`` or ``image-undecodable``.
+    """
+    at_work = False
+    with _QUIET:
+        try:
+            with Image.open(BytesIO(data), formats=_OPENED) as image:
+                at_work = True
+                yield image
+        except ImageError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise ImageError("image-too-large", str(error)) from None
+        except Exception as error:  # noqa: BLE001 - Pillow's readers raise nearly anything on damaged files
+            code = "image-unrecognised"
+            if at_work:
+                # its decoders say so in these words, and only in words
+                cut_off = "truncated" in str(error) or isinstance(error, EOFError)
+                code = "image-truncated" if cut_off else "image-undecodable"
+            raise ImageError(code, _what(error, data)) from None
+
+
+class _Quiet:
+    """No warnings while any thread is inside. `warnings.catch_warnings` alone would mix up the threads' filters."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
 
 
 def same_format(extension: str, image_format: str) -> bool:
@@ -104,6 +208,7 @@ def same_format(extension: str, image_format: str) -> bool:
 def _read_jpeg(data: bytes | memoryview) -> ImageHeader | None:
     """Walk the marker segments up to the frame header; None when they are not as the standard has them."""
     at = 2
+    rotated = False
     try:
         while True:
             prefix, marker, length = _MARKER.unpack_from(data, at)
@@ -112,12 +217,17 @@ def _read_jpeg(data: bytes | memoryview) -> ImageHeader | None:
             if marker == 0xFF:  # fill byte
                 at += 1
             elif marker in _START_OF_FRAME:
-                height, width = struct.unpack_from(">HH", data, at + 5)
+                height, width, components = _FRAME.unpack_from(data, at + 5)
+                traits = _traits(rotated, False, False, False)
+                if components == _CMYK_COMPONENTS:
+                    traits = (*traits, "image-cmyk")
                 # height 0 is given later, by a DNL segment
-                return ImageHeader("jpg", width, height) if height else None
+                return ImageHeader("jpg", width, height, traits) if height else None
             elif 0xD0 <= marker <= 0xD9 or marker in (0x00, 0x01, 0xDA):
                 return None
             else:
+                if marker == 0xE1 and data[at + 4 : at + 10] == _EXIF:
+                    rotated = _is_rotated(data[at + 10 : at + 2 + length])
                 at += 2 + length
     except struct.error:
         raise ImageError(
@@ -125,14 +235,39 @@ def _read_jpeg(data: bytes | memoryview) -> ImageHeader | None:
         ) from None
 
 
-def _read_png(start: bytes) -> ImageHeader | None:
-    if len(start) < 24:
+def _read_png(data: bytes | memoryview, start: bytes) -> ImageHeader | None:
+    if len(start) < 26:
         raise ImageError("image-truncated", f"{len(start)} bytes of PNG end before the image header")
-    width, height = _TWO_BIG.unpack_from(start, 16)
-    return ImageHeader("png", width, height) if start[12:16] == b"IHDR" else None
+    width, height, depth, colour = _PNG_HEADER.unpack_from(start, 16)
+    if start[12:16] != b"IHDR":
+        return None
+    alpha, animated, rotated = colour in (4, 6), False, False
+    at = 33
+    for _ in range(_CHUNKS):  # those before the pixels
+        length, kind = _PNG_CHUNK.unpack_from(data, at) if at + 8 <= len(data) else (0, b"IDAT")
+        if kind == b"IDAT":
+            break
+        alpha |= kind == b"tRNS"
+        animated |= kind == b"acTL"
+        if kind == b"eXIf":
+            rotated = _is_rotated(data[at + 8 : at + 8 + length])
+        at += 12 + length
+    if not rotated:
+        rotated = _png_exif_behind(data, at)
+    return ImageHeader("png", width, height, _traits(rotated, alpha, depth == _DEEP, animated))
 
 
-def _read_webp(start: bytes) -> ImageHeader | None:
+def _png_exif_behind(data: bytes | memoryview, pixels: int) -> bool:
+    """Whether an eXIf chunk near the end of the file, behind the pixels, turns the picture."""
+    tail = bytes(data[max(pixels, len(data) - _TAIL) :])
+    at = tail.rfind(b"eXIf")
+    if at < 4:
+        return False
+    length = int.from_bytes(tail[at - 4 : at], "big")
+    return at + 8 + length <= len(tail) and _is_rotated(tail[at + 4 : at + 4 + length])
+
+
+def _read_webp(data: bytes | memoryview, start: bytes) -> ImageHeader | None:
     """The three layouts of RFC 9649: lossy, lossless, extended."""
     if len(start) < 30:
         return None
@@ -142,11 +277,57 @@ def _read_webp(start: bytes) -> ImageHeader | None:
         return ImageHeader("webp", width & 0x3FFF, height & 0x3FFF)
     if kind == b"VP8L" and start[20] == 0x2F:
         bits = int.from_bytes(start[21:25], "little")
-        return ImageHeader("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+        traits = _traits(False, bool(bits >> 28 & 1), False, False)
+        return ImageHeader("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, traits)
     if kind == b"VP8X":
         width, height = int.from_bytes(start[24:27], "little"), int.from_bytes(start[27:30], "little")
-        return ImageHeader("webp", width + 1, height + 1)
+        flags = start[20]
+        rotated = bool(flags & _WEBP_EXIF) and _webp_is_rotated(data)
+        traits = _traits(rotated, bool(flags & _WEBP_ALPHA), False, bool(flags & _WEBP_ANIMATION))
+        return ImageHeader("webp", width + 1, height + 1, traits)
     return None
+
+
+def _webp_is_rotated(data: bytes | memoryview) -> bool:
+    at = 12
+    for _ in range(_CHUNKS):
+        if at + 8 > len(data):
+            break
+        kind, length = _RIFF_CHUNK.unpack_from(data, at)
+        if kind == b"EXIF":
+            exif = data[at + 8 : at + 8 + length]
+            return _is_rotated(exif[len(_EXIF) :] if exif[: len(_EXIF)] == _EXIF else exif)
+        at += 8 + length + length % 2
+    return False
+
+
+def _is_rotated(exif: bytes | memoryview) -> bool:
+    """Whether the first directory of an EXIF block (a TIFF file without pixels) has an orientation other than upright."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(exif[:4]))
+    if order is None or len(exif) < 8:
+        return False
+    (at,) = struct.unpack_from(f"{order}I", exif, 4)
+    if at + 2 > len(exif):
+        return False
+    (count,) = struct.unpack_from(f"{order}H", exif, at)
+    entry = struct.Struct(f"{order}H6xH2x")
+    for place in range(at + 2, min(at + 2 + count * entry.size, len(exif) - entry.size + 1), entry.size):
+        tag, value = entry.unpack_from(exif, place)
+        if tag == _ORIENTATION:
+            return value in _TURNED
+    return False
+
+
+def _traits(rotated: bool, alpha: bool, deep: bool, animated: bool) -> tuple[str, ...]:
+    if not (rotated or alpha or deep or animated):
+        return ()
+    named = (
+        (rotated, "image-rotated"),
+        (alpha, "image-alpha"),
+        (deep, "image-deep"),
+        (animated, "image-animated"),
+    )
+    return tuple(code for holds, code in named if holds)
 
 
 def _ends_inside(data: bytes | memoryview, image_format: str) -> bool:
@@ -169,34 +350,36 @@ def _scan_start(data: bytes) -> int:
     return 0
 
 
-def _open(data: bytes | memoryview) -> ImageHeader:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(BytesIO(data), formats=_OPENED) as image:
-                header = ImageHeader(_FORMATS[image.format or ""], *image.size)
+def _open(data: bytes | memoryview, *, check: str) -> ImageHeader:
+    beyond = []
+    try:
+        with _opened(data) as image:
+            kind = _FORMATS[image.format or ""]
+            size = image.size
+            if check != "none":
                 beyond = [tile for tile in getattr(image, "tile", ()) if tile.offset >= len(data)]
-        except Image.DecompressionBombError as error:
-            raise ImageError("image-too-large", str(error)) from None
-        except Exception as error:  # noqa: BLE001 - Pillow's readers raise nearly anything on damaged files
-            raise ImageError("image-unrecognised", _what(error, data)) from None
+            traits = _pillow_traits(image)
+    except ImageError as error:
+        code = "image-too-large" if error.code == "image-too-large" else "image-unrecognised"
+        raise ImageError(code, error.detail) from None
     if beyond:
         raise ImageError(
             "image-truncated", f"{len(data)} bytes; pixel data starts at byte {beyond[0].offset}"
         )
-    return header
+    return ImageHeader(kind, *size, traits)
 
 
-def _decode(data: bytes | memoryview) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(BytesIO(data), formats=_OPENED) as image:
-                image.load()
-        except Image.DecompressionBombError as error:
-            raise ImageError("image-too-large", str(error)) from None
-        except Exception as error:  # noqa: BLE001 - Pillow's decoders raise nearly anything on damaged files
-            raise ImageError("image-truncated", _what(error, data)) from None
+def _pillow_traits(image: Image.Image) -> tuple[str, ...]:
+    mode, alpha = image.mode, image.has_transparency_data
+    rotated = animated = False
+    # damage in what only these look at is no fault of the picture
+    with suppress(Exception):
+        rotated = image.getexif().get(_ORIENTATION, 1) in _TURNED
+    if image.format == "GIF":  # several pages of a TIFF, or sizes of an icon, are no animation
+        with suppress(Exception):
+            animated = bool(getattr(image, "is_animated", False))
+    traits = _traits(rotated, alpha, mode.startswith(("I", "F")), animated)
+    return (*traits, "image-cmyk") if mode == "CMYK" else traits
 
 
 def _what(error: Exception, data: bytes | memoryview) -> str:
