@@ -88,6 +88,15 @@ def open_unchanged(path: str, stamp: Stamp) -> int:
     return descriptor
 
 
+def file_stamp(path: str) -> Stamp:
+    """The stamp of a file as it is now."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _stamp(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _stamp(descriptor: int) -> Stamp:
     found = os.fstat(descriptor)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -50,7 +50,8 @@ class Embedded:
 
     Attributes:
         path: the file.
-        places: int64 [m, 2], offset and size of each image, record after record.
+        places: int64 [m, 2], offset and size of each image, record after record; offset -1 for one that did not come along: its path is
+            looked for in the image stores.
         counts: int64 [n], images of each record.
     """
 
