@@ -11,6 +11,8 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import FileIO
+from itertools import groupby
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any
@@ -25,6 +27,7 @@ from tqdm import tqdm
 from shardify.engines.local import start_worker
 from shardify.errors import FormatError, ImageError, RecordError
 from shardify.format.hashing import hash_file
+from shardify.format.headers import BLOCK, parse_header
 from shardify.format.index import index_rows, read_index
 from shardify.format.manifest import Manifest, Shard, read_manifest
 from shardify.format.names import (
@@ -36,17 +39,12 @@ from shardify.format.names import (
     SIDECAR,
     is_image_field,
 )
+from shardify.format.samples import is_compressed
 from shardify.format.scan import scan_shard
 from shardify.format.shards import Selection, Shards, describe_missing, find_sidecar, select_shards
 from shardify.format.sidecar import SetAside, ShardInfo, read_shard_info, read_sidecar
-from shardify.format.tar import (
-    BLOCK,
-    END_OF_ARCHIVE,
-    member_header,
-    padding,
-    read_header,
-    read_members,
-)
+from shardify.format.tar import END_OF_ARCHIVE, member_header, padding, read_members
+from shardify.format.zstd import read_frame, read_seek_table
 from shardify.images.probe import probe
 from shardify.progress import Progress
 from shardify.records import parse_record
@@ -343,78 +341,149 @@ def _read_sidecar(task: _Task, report: _Report) -> tuple[pa.Table | None, ShardI
 def _scan(task: _Task, report: _Report) -> None:
     """Without a sidecar: whether the tar is whole."""
     try:
-        rows, _ = scan_shard(task.path, name=os.path.basename(task.path))
+        samples = len(scan_shard(task.path, name=os.path.basename(task.path)).rows)
     except FormatError as error:
         report.add(str(error).removeprefix(f"{task.path}: "))
         return
-    report.samples = len(rows)
-    if task.shard is not None and len(rows) != task.shard.samples:
-        report.add(f"{len(rows)} samples, but {MANIFEST} records {task.shard.samples}")
+    report.samples = samples
+    if task.shard is not None and samples != task.shard.samples:
+        report.add(f"{samples} samples, but {MANIFEST} records {task.shard.samples}")
 
 
 def _check_rows(task: _Task, report: _Report, rows: list[dict[str, Any]], info: ShardInfo) -> None:
     ours = task.shard is not None
     tolerant = set(info.tolerant)
-    end, last_key = 0, ""
+    last_key = ""
     numbers: dict[str, list[int]] = {}
+    for row in rows:
+        key = row["key"]
+        if ours and key <= last_key:
+            report.add(f"comes after key {last_key}", key=key, offset=row["offset"])
+        if ours and row["source"] not in task.sources:
+            report.add(f"its source {row['source']!r} is not in {MANIFEST}", path=task.sidecar or "", key=key)
+        numbers.setdefault(row["source"], []).append(row["record"])
+        last_key = key
     with open(task.path, "rb", buffering=0) as file:
-        for number, row in enumerate(rows):
-            key, offset, size = row["key"], row["offset"], row["size"]
-            if ours and key <= last_key:
-                report.add(f"comes after key {last_key}", key=key, offset=offset)
-            if ours and row["source"] not in task.sources:
-                report.add(
-                    f"its source {row['source']!r} is not in {MANIFEST}", path=task.sidecar or "", key=key
-                )
-            if (offset != end) if ours else (offset < end):
-                report.add(
-                    f"its row says that it starts here, but the sample before it ends at {end}",
-                    key=key,
-                    offset=offset,
-                )
-            numbers.setdefault(row["source"], []).append(row["record"])
-            end, last_key = offset + size, key
-            if not 0 <= offset <= end <= report.bytes:
-                report.add(
-                    f"ends at byte {end}, but the file does at byte {report.bytes}", key=key, offset=offset
-                )
-                continue
-            span = memoryview(os.pread(file.fileno(), size, offset))
-            _check_sample(report, span, row, ours=ours, strict=number not in tolerant)
-        tail = os.pread(file.fileno(), len(END_OF_ARCHIVE) + 1, end)
-        if ours and tail != END_OF_ARCHIVE:
-            report.add("no end-of-archive mark follows the last sample, or more than that", offset=end)
+        spans = (_frame_spans if is_compressed(task.path) else _plain_spans)(file, report, rows, ours)
+        for number, span, base in spans:
+            _check_sample(report, span, rows[number], base, ours=ours, strict=number not in tolerant)
     if rows:
         report.first_key, report.last_key = rows[0]["key"], last_key
     report.records = {source: np.array(found, np.int64) for source, found in numbers.items()}
 
 
+def _plain_spans(
+    file: FileIO, report: _Report, rows: Sequence[dict[str, Any]], ours: bool
+) -> Iterator[tuple[int, memoryview, int]]:
+    """Number, bytes and offset of each sample of a tar, as far as they are there."""
+    end = 0
+    for number, row in enumerate(rows):
+        key, offset, size = row["key"], row["offset"], row["size"]
+        if (offset != end) if ours else (offset < end):
+            report.add(
+                f"its row says that it starts here, but the sample before it ends at {end}",
+                key=key,
+                offset=offset,
+            )
+        end = offset + size
+        if not 0 <= offset <= end <= report.bytes:
+            report.add(
+                f"ends at byte {end}, but the file does at byte {report.bytes}", key=key, offset=offset
+            )
+            continue
+        yield number, memoryview(os.pread(file.fileno(), size, offset)), offset
+    tail = os.pread(file.fileno(), len(END_OF_ARCHIVE) + 1, end)
+    if ours and tail != END_OF_ARCHIVE:
+        report.add("no end-of-archive mark follows the last sample, or more than that", offset=end)
+
+
+def _frame_spans(
+    file: FileIO, report: _Report, rows: Sequence[dict[str, Any]], ours: bool
+) -> Iterator[tuple[int, memoryview, int]]:
+    """Number, tar bytes and place in its frame of each sample of a compressed shard, as far as they are there."""
+    try:
+        table = read_seek_table(file, where="")
+    except FormatError as error:
+        report.add(str(error).removeprefix(": "))
+        return
+    if table is None:
+        report.add("no seek table at its end, so that its samples cannot be read one by one")
+        return
+    starts = table.starts.tolist()
+    number_of = {start: number for number, start in enumerate(starts[:-1])}
+    last = -1
+    for (offset, size), group in groupby(
+        enumerate(rows), key=lambda item: (item[1]["offset"], item[1]["size"])
+    ):
+        members = list(group)
+        key = members[0][1]["key"]
+        frame = number_of.get(offset, -1)
+        if frame < 0 or starts[frame + 1] - offset != size:
+            report.add(
+                f"its row names a frame of {size} bytes here, but the seek table does not",
+                key=key,
+                offset=offset,
+            )
+            continue
+        if (frame != last + 1) if ours else (frame <= last):
+            report.add(
+                f"its frame is number {frame}, but the sample before it lies in {last}",
+                key=key,
+                offset=offset,
+            )
+        last = frame
+        try:
+            content = memoryview(read_frame(file, table, frame, where=""))
+        except FormatError as error:
+            report.add(str(error).removeprefix(": "), key=key, offset=offset)
+            continue
+        at = 0
+        for number, row in members:
+            end = max(
+                (item["offset"] + item["size"] + padding(item["size"]) for item in row["members"]), default=at
+            )
+            yield number, content[at:end], at
+            at = end
+        if ours and at != len(content):
+            report.add(
+                f"its frame holds {len(content)} bytes, but the samples in it end at {at}",
+                key=key,
+                offset=offset,
+            )
+    if not ours:
+        return
+    try:
+        tail = read_frame(file, table, last + 1, where="") if last + 2 == len(starts) - 1 else b""
+    except FormatError:
+        tail = b""
+    if tail != END_OF_ARCHIVE:
+        report.add("no end-of-archive mark follows the last sample in a frame of its own, or more than that")
+
+
 def _check_sample(
-    report: _Report, span: memoryview, row: dict[str, Any], *, ours: bool, strict: bool
+    report: _Report, span: memoryview, row: dict[str, Any], base: int, *, ours: bool, strict: bool
 ) -> None:
-    """One sample's bytes against its row."""
+    """One sample's bytes against its row; `base` is where they begin by the count of its members' offsets."""
     key, begin = row["key"], row["offset"]
     before = len(report.faults)
     content: dict[str, memoryview] = {}
     for member in row["members"]:
         name, offset, size = member["field"], member["offset"], member["size"]
-        at = offset - begin
+        at = offset - base
         data = span[at : at + size]
         if at < BLOCK or size < 0 or len(data) != size:
             report.add("its row puts it outside of its sample", key=key, member=name, offset=offset)
             continue
         header = span[at - BLOCK : at]
-        try:
-            _, found, _ = read_header(header, where="", offset=at - BLOCK)
-        except FormatError:
+        parsed = parse_header(header)
+        if parsed is None:
             report.add("no tar header", key=key, member=name, offset=offset - BLOCK)
-        else:
-            if found != size:
-                report.add(
-                    f"{found} bytes, but its row says {size}", key=key, member=name, offset=offset - BLOCK
-                )
-            elif ours and header != member_header(f"{key}.{name}", size):
-                report.add("its header is not as it was written", key=key, member=name, offset=offset - BLOCK)
+        elif ours and parsed[1] != size:
+            report.add(
+                f"{parsed[1]} bytes, but its row says {size}", key=key, member=name, offset=offset - BLOCK
+            )
+        elif ours and header != member_header(f"{key}.{name}", size):
+            report.add("its header is not as it was written", key=key, member=name, offset=offset - BLOCK)
         if xxhash.xxh3_64_intdigest(data) != member["xxh3_64"]:
             report.add("its content is not that of its hash", key=key, member=name, offset=offset)
         if ours and any(span[at + size : at + size + padding(size)]):
@@ -429,12 +498,10 @@ def _check_sample(
         return
     if found_key != key:
         report.add(f"has the key {found_key} in the tar", key=key, offset=begin)
-    if [name for name, _ in members] != list(content):
-        report.add(
-            f"has the members {[name for name, _ in members]} in the tar, {list(content)} in its row",
-            key=key,
-            offset=begin,
-        )
+    stored = [f"{name} ({len(data)} bytes)" for name, data in members]
+    recorded = [f"{name} ({len(data)} bytes)" for name, data in content.items()]
+    if stored != recorded:
+        report.add(f"has the members {stored} in the tar, {recorded} in its row", key=key, offset=begin)
         return
     offsets = {member["field"]: member["offset"] for member in row["members"]}
     _check_images(report, content, offsets, row, ours=ours)

@@ -1,158 +1,183 @@
-"""The index of a tar made by anyone: what `shardify pack` knows when it writes a shard, read back from the shard itself."""
+"""The index of a shard made by anyone: what `shardify pack` knows when it writes one, read back from the shard itself.
+
+The file is read once, front to back, in blocks that stay in the processor's cache while they are hashed, walked and looked into.
+"""
 
 import os
-import tarfile
-from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import BinaryIO, NamedTuple
+from array import array
+from dataclasses import dataclass
+from functools import lru_cache
+from io import FileIO
+from itertools import pairwise
 
-import xxhash
+import numpy as np
+import numpy.typing as npt
 
 from shardify.errors import FormatError, ImageError, RecordError
 from shardify.format.hashing import hash_file
-from shardify.format.names import RECORD_FIELD, is_image_field
-from shardify.format.sidecar import ImageInfo, SampleRow, ShardInfo
-from shardify.format.tar import BLOCK, Member, padding, split_name
+from shardify.format.names import RECORD_FIELD, TAR_ZST, is_image_field
+from shardify.format.sidecar import ShardInfo, SidecarBuilder
+from shardify.format.tar import padding
+from shardify.format.walk import Entry, FileWindow, FrameWindow, walk
+from shardify.format.zstd import read_frame, read_seek_table
 from shardify.images.probe import probe
 from shardify.records import Sample, parse_record
 
-_CHUNK = 4 * 1024 * 1024
-_MAX_PARSED_BYTES = 256 * 1024 * 1024  # larger members are hashed in pieces and not looked into
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScannedShard:
+    """What `scan_shard` finds: the sidecar's rows, int64 [samples, 2] offset and size of each, and what else is known of the shard."""
+
+    rows: SidecarBuilder
+    spans: npt.NDArray[np.int64]
+    info: ShardInfo
 
 
-def scan_shard(path: str | os.PathLike[str], *, name: str) -> tuple[list[SampleRow], ShardInfo]:
-    """Index a tar: neighbouring members of one key are a sample, as for webdataset.
+def scan_shard(path: str | os.PathLike[str], *, name: str) -> ScannedShard:
+    """Index a shard: neighbouring members of one key are a sample, as for webdataset.
 
-    ustar, GNU and PAX tars are read, long names too. Folders, links and names that belong to no sample (see `split_name`) are passed over. A
-    sample's `record` is its number in the shard, its `source` the shard; `id`, `turns` and `words` are those of a LLaVA record in its
-    ``json`` member, None and 0 without one. An image that cannot be read has the format of its extension, and width and height 0.
+    Old V7, ustar, GNU and PAX tars are read, long names too; ``.tar.zst`` when it has a seek table and no sample is divided between frames.
+    Folders, links and names that belong to no sample (see `split_name`) are passed over. A sample's `record` is its number in the shard, its
+    `source` the shard; `id`, `turns` and `words` are those of a LLaVA record in its ``json`` member, None and 0 without one. An image that
+    cannot be read has the format of its extension, and width and height 0.
 
     Args:
-        path: the tar.
+        path: the shard.
         name: what the sidecar names as source.
-
-    Returns:
-        The rows in tar order, and what else is known of the shard.
 
     Raises:
         FormatError: it is no tar, damaged or cut off (with the byte where), or a sample has two members of one name.
     """
     where = os.fspath(path)
-    rows: list[SampleRow] = []
-    tolerant: list[int] = []
+    rows = _Rows(where, name)
     try:
-        with open(path, "rb") as file:
-            for key, entries in groupby(_entries(file, where), key=lambda entry: entry.key):
-                row, strict = _index_sample(
-                    file, key, list(entries), number=len(rows), source=name, where=where
-                )
-                if not strict:
-                    tolerant.append(len(rows))
-                rows.append(row)
-        info = ShardInfo(bytes=os.stat(path).st_size, xxh3_128=hash_file(path), tolerant=tolerant)
+        with open(path, "rb", buffering=0) as file:
+            digest = (_scan_frames if where.endswith(TAR_ZST) else _scan_tar)(file, rows, where)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise FormatError(f"{where}: cannot be read ({error.strerror or error})") from None
-    return rows, info
-
-
-class _Entry(NamedTuple):
-    """One member that belongs to a sample: from `begin`, its first header, its data at `offset`."""
-
-    key: str
-    field: str
-    begin: int
-    offset: int
-    size: int
-
-
-def _entries(file: BinaryIO, where: str) -> Iterator[_Entry]:
-    total = os.fstat(file.fileno()).st_size
-    for member in _members(file, where):
-        at = f"{where}: member {member.name!r} at byte {member.offset}"
-        if member.issparse():
-            raise FormatError(f"{at} is a sparse file, whose data cannot be read in place")
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            continue
-        end = member.offset_data + member.size
-        if end > total:
-            raise FormatError(
-                f"{at} is cut off: it should end at byte {end}, but the file does at byte {total}"
-            )
-        parsed = split_name(member.name)
-        if parsed is not None:
-            yield _Entry(*parsed, member.offset, member.offset_data, member.size)
-
-
-def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
-    archive: tarfile.TarFile | None = None
-    try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header
-                yield member
-    except OSError:
-        raise
-    except Exception as error:  # noqa: BLE001 - tarfile raises nearly anything on damaged headers
-        at = archive.offset if archive else 0
-        raise FormatError(f"{where}: no tar, or damaged, at byte {at} ({error})") from None
-    # tarfile takes whatever is no header for the end
-    mark = os.pread(file.fileno(), BLOCK, archive.offset)
-    if mark != bytes(BLOCK):
-        what = "damaged: no tar header" if len(mark) == BLOCK else "cut off before the end-of-archive mark"
-        raise FormatError(f"{where}: {what} at byte {archive.offset}")
-
-
-def _index_sample(
-    file: BinaryIO, key: str, entries: Sequence[_Entry], *, number: int, source: str, where: str
-) -> tuple[SampleRow, bool]:
-    """The row of a sample, and whether its record is strict JSON."""
-    sample: Sample | None = None
-    members: dict[str, Member] = {}
-    images: list[ImageInfo] = []
-    for entry in entries:
-        if entry.field in members:
-            raise FormatError(
-                f"{where}: two members {key}.{entry.field}, the second at byte {entry.begin}; keys of neighbouring samples must differ"
-            )
-        data, digest = _read(file, entry)
-        members[entry.field] = Member(entry.field, entry.offset, entry.size, digest)
-        if is_image_field(entry.field):
-            images.append(_index_image(entry.field, data))
-        elif entry.field == RECORD_FIELD:
-            try:
-                sample = parse_record(data)
-            except RecordError:
-                sample = None  # any other JSON
-    begin, last = entries[0].begin, entries[-1]
-    row = SampleRow(
-        key=key,
-        id=sample.id if sample else None,
-        record=number,
-        offset=begin,
-        size=last.offset + last.size + padding(last.size) - begin,
-        members=list(members.values()),
-        images=images,
-        turns=len(sample.turns) if sample else 0,
-        words=sample.words if sample else 0,
-        source=source,
+    return ScannedShard(
+        rows.builder,
+        np.array(rows.spans, np.int64).reshape(-1, 2),
+        ShardInfo(bytes=size, xxh3_128=digest, tolerant=rows.tolerant),
     )
-    return row, sample is None or sample.strict
 
 
-def _index_image(field: str, data: bytes) -> ImageInfo:
+def _scan_tar(file: FileIO, rows: "_Rows", where: str) -> str:
+    window = FileWindow(file)
+    for entry in walk(window, where):
+        if entry[0] != rows.key:
+            rows.begin(entry[0], entry[2])
+        rows.add(entry)
+    rows.end()
+    return window.digest.hexdigest()
+
+
+def _scan_frames(file: FileIO, rows: "_Rows", where: str) -> str:
+    table = read_seek_table(file, where=where)
+    if table is None:
+        raise FormatError(
+            f"{where}: compressed as a whole, so that no sample can be read by itself; "
+            f"`zstd -d {os.path.basename(where)}` makes a tar of it, which can be indexed"
+        )
+    marked = False
+    starts = table.starts.tolist()
+    for number, (at, end) in enumerate(pairwise(starts)):
+        content = read_frame(file, table, number, where=where)
+        if marked and any(content):
+            raise FormatError(f"{where}: more follows the end-of-archive mark, in the frame at byte {at}")
+        window = FrameWindow(content)
+        divided = rows.key
+        for entry in walk(window, f"{where}: frame at byte {at}"):
+            key = entry[0]
+            if key == divided:
+                raise FormatError(
+                    f"{where}: sample {key!r} is divided between frames, the second at byte {at}; "
+                    f"`zstd -d {os.path.basename(where)}` makes a tar of it, which can be indexed"
+                )
+            if key != rows.key:
+                rows.begin(key, at, end - at)
+            divided = None
+            rows.add(entry)
+        marked |= window.marked
+    rows.end()
+    if not marked:
+        raise FormatError(f"{where}: cut off before the end-of-archive mark at byte {starts[-1]}")
+    return hash_file(where)
+
+
+class _Rows:
+    """The rows as they become complete."""
+
+    def __init__(self, where: str, source: str) -> None:
+        self._where = where
+        self._source = source
+        self._begin = self._size = self._end = 0
+        self._fields: set[str] = set()
+        self._sample: Sample | None = None
+        self.key: str | None = None
+        self.builder = SidecarBuilder()
+        self.spans = array("q")
+        self.tolerant: list[int] = []
+
+    def begin(self, key: str, offset: int, size: int = 0) -> None:
+        """End a row and begin the next: its sample's key, where it begins, and how long it is where that is known (a frame)."""
+        self.end()
+        self.key, self._begin, self._size = key, offset, size
+        self._fields.clear()
+        self._sample = None
+
+    def add(self, entry: Entry) -> None:
+        """Add a member to the row."""
+        key, field, begin, offset, size, data, digest = entry
+        fields = self._fields
+        if field in fields:
+            raise FormatError(
+                f"{self._where}: two members {key}.{field}, the second at byte {begin}; keys of neighbouring samples must differ"
+            )
+        fields.add(field)
+        self.builder.add_member(field, offset, size, digest)
+        if _is_image(field):
+            self.builder.add_image(field, *_look_into(field, data))
+        elif field == RECORD_FIELD:
+            self._sample = _read_record(data)
+        self._end = offset + size + padding(size)
+
+    def end(self) -> None:
+        """The row is complete, if there is one."""
+        if self.key is None:
+            return
+        sample = self._sample
+        number = len(self.builder)
+        if sample is None:
+            self.builder.end_row(self.key, None, number, 0, 0, self._source)
+        else:
+            if not sample.strict:
+                self.tolerant.append(number)
+            self.builder.end_row(self.key, sample.id, number, len(sample.turns), sample.words, self._source)
+        self.spans.append(self._begin)
+        self.spans.append(self._size or self._end - self._begin)
+        self.key = None
+
+
+_is_image = lru_cache(maxsize=1024)(is_image_field)
+
+
+def _read_record(data: memoryview) -> Sample | None:
+    """A LLaVA record; None for any other JSON."""
+    content = bytes(data)
+    if b"conversations" not in content and b"\\u" not in content:
+        return None  # seen at a glance, unless the name is written in escapes
+    try:
+        return parse_record(content)
+    except RecordError:
+        return None
+
+
+def _look_into(field: str, data: memoryview) -> tuple[str, int, int]:
+    """An image's format, width and height."""
     try:
         header = probe(data)
     except ImageError:
-        return ImageInfo(field, field.rpartition(".")[2].lower(), 0, 0)
-    return ImageInfo(field, header.format, header.width, header.height)
-
-
-def _read(file: BinaryIO, entry: _Entry) -> tuple[bytes, int]:
-    """A member's data, empty when it is too large to look into, and its xxh3_64."""
-    if entry.size <= _MAX_PARSED_BYTES:
-        data = os.pread(file.fileno(), entry.size, entry.offset)
-        return data, xxhash.xxh3_64_intdigest(data)
-    digest = xxhash.xxh3_64()
-    for offset in range(entry.offset, entry.offset + entry.size, _CHUNK):
-        digest.update(os.pread(file.fileno(), min(_CHUNK, entry.offset + entry.size - offset), offset))
-    return b"", digest.intdigest()
+        return field.rpartition(".")[2].lower(), 0, 0
+    return header.format, header.width, header.height

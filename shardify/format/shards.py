@@ -39,7 +39,7 @@ from shardify.format.names import (
     shard_stem,
     sidecar_name,
 )
-from shardify.format.sidecar import is_sidecar, read_shard_info, read_sidecar, write_sidecar
+from shardify.format.sidecar import is_sidecar, read_shard_info, read_sidecar
 
 MAX_BUILT_BYTES = 10 * 1000**3
 """Sidecars of more shards than this are not built in passing: reading them takes minutes, and should be asked for."""
@@ -436,7 +436,7 @@ def _current_sidecar(path: str, size: int) -> str | None:
 def _build_sidecar(path: str) -> str:
     from shardify.format.scan import scan_shard
 
-    rows, info = scan_shard(path, name=os.path.basename(path))
+    scanned = scan_shard(path, name=os.path.basename(path))
     beside = _beside(path)
     target = (
         _cached(path)
@@ -447,7 +447,7 @@ def _build_sidecar(path: str) -> str:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
         temporary = f"{target}.{uuid.uuid4().hex}.tmp"
         try:
-            write_sidecar(temporary, rows, info)
+            scanned.rows.write(temporary, scanned.spans, scanned.info)
             os.replace(temporary, target)
         finally:
             with contextlib.suppress(FileNotFoundError):

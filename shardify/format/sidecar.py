@@ -6,10 +6,10 @@ while it was written, and the counts of notes. A finished sidecar is thus all th
 
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -64,8 +64,7 @@ _METADATA_KEY = b"shardify"
 _MAX_METADATA_BYTES = 2**31 - 1  # what a shard of nothing but records set aside may need
 
 
-@dataclass(frozen=True, slots=True)
-class ImageInfo:
+class ImageInfo(NamedTuple):
     """One image as stored: its member's field, sniffed format (``jpg``, ``png`` ...), width and height in pixels, EXIF ignored."""
 
     field: str
@@ -144,21 +143,6 @@ def write_sidecar(path: str | os.PathLike[str], rows: Sequence[SampleRow], info:
     builder.write(path, np.array([(row.offset, row.size) for row in rows], np.int64).reshape(-1, 2), info)
 
 
-class _Words:
-    """A column of few different strings, by number."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-        self._column = array("I")
-
-    def append(self, word: str) -> None:
-        numbers = self._numbers
-        self._column.append(numbers.setdefault(word, len(numbers)))
-
-    def to_arrow(self) -> pa.Array:
-        return pa.array(list(self._numbers), pa.string()).take(_to_arrow(self._column, pa.uint32()))
-
-
 class SidecarBuilder:
     """Gathers the rows of a sidecar column by column: about 250 bytes a sample, and no object for each member."""
 
@@ -168,14 +152,17 @@ class SidecarBuilder:
         self._records = array("q")
         self._turns = array("i")
         self._words = array("i")
-        self._sources = _Words()
+        self._sources = array("I")  # strings that repeat are kept by number
+        self._source_numbers: dict[str, int] = {}
+        self._field_numbers: dict[str, int] = {}
+        self._format_numbers: dict[str, int] = {}
         self._member_ends = array("i", [0])
-        self._member_fields = _Words()
+        self._member_fields = array("I")
         self._members = array("q")  # offset and size of each
         self._member_hashes = array("Q")
         self._image_ends = array("i", [0])
-        self._image_fields = _Words()
-        self._image_formats = _Words()
+        self._image_fields = array("I")
+        self._image_formats = array("I")
         self._images = array("i")  # width and height of each
 
     def __len__(self) -> int:
@@ -188,31 +175,43 @@ class SidecarBuilder:
         key: str,
         id: str | None,  # noqa: A002 - as the column
         record: int,
-        members: Sequence[Member],
-        images: Sequence[ImageInfo],
+        members: Iterable[Member],
+        images: Iterable[ImageInfo],
         turns: int,
         words: int,
         source: str,
     ) -> None:
         """Append a row; the arguments are the columns of `SCHEMA`."""
+        for member in members:
+            self.add_member(*member)
+        for image in images:
+            self.add_image(*image)
+        self.end_row(key, id, record, turns, words, source)
+
+    def add_member(self, field: str, offset: int, size: int, xxh3_64: int) -> None:
+        """Add a member to the row that `end_row` ends; the arguments are those of `Member`."""
+        self._member_fields.append(self._field_numbers.setdefault(field, len(self._field_numbers)))
+        self._members.append(offset)
+        self._members.append(size)
+        self._member_hashes.append(xxh3_64)
+
+    def add_image(self, field: str, format: str, width: int, height: int) -> None:  # noqa: A002 - as the column
+        """Add an image to the row that `end_row` ends; the arguments are those of `ImageInfo`."""
+        self._image_fields.append(self._field_numbers.setdefault(field, len(self._field_numbers)))
+        self._image_formats.append(self._format_numbers.setdefault(format, len(self._format_numbers)))
+        self._images.append(width)
+        self._images.append(height)
+
+    def end_row(self, key: str, id: str | None, record: int, turns: int, words: int, source: str) -> None:  # noqa: A002, PLR0917
+        """Append the row of the members and images added since the one before."""
         self._keys.append(key)
         self._ids.append(id)
         self._records.append(record)
         self._turns.append(turns)
         self._words.append(words)
-        self._sources.append(source)
-        for member in members:
-            self._member_fields.append(member.field)
-            self._members.append(member.offset)
-            self._members.append(member.size)
-            self._member_hashes.append(member.xxh3_64)
+        self._sources.append(self._source_numbers.setdefault(source, len(self._source_numbers)))
         self._member_ends.append(len(self._member_hashes))
-        for image in images:
-            self._image_fields.append(image.field)
-            self._image_formats.append(image.format)
-            self._images.append(image.width)
-            self._images.append(image.height)
-        self._image_ends.append(len(self._images) // 2)
+        self._image_ends.append(len(self._image_fields))
 
     def encode(self, spans: npt.NDArray[np.int64], info: ShardInfo) -> memoryview:
         """The sidecar's bytes. Equal rows, spans and info give equal bytes (for one version of pyarrow).
@@ -234,7 +233,7 @@ class SidecarBuilder:
                 "members",
                 self._member_ends,
                 [
-                    self._member_fields.to_arrow(),
+                    _strings(self._member_fields, self._field_numbers),
                     pa.array(members[:, 0]),
                     pa.array(members[:, 1]),
                     _to_arrow(self._member_hashes, pa.uint64()),
@@ -244,15 +243,15 @@ class SidecarBuilder:
                 "images",
                 self._image_ends,
                 [
-                    self._image_fields.to_arrow(),
-                    self._image_formats.to_arrow(),
+                    _strings(self._image_fields, self._field_numbers),
+                    _strings(self._image_formats, self._format_numbers),
                     pa.array(images[:, 0]),
                     pa.array(images[:, 1]),
                 ],
             ),
             "turns": _to_arrow(self._turns, pa.int32()),
             "words": _to_arrow(self._words, pa.int32()),
-            "source": self._sources.to_arrow(),
+            "source": _strings(self._sources, self._source_numbers),
         }
         table = pa.table(columns, schema=SCHEMA)
         table = table.replace_schema_metadata({_METADATA_KEY: msgspec.json.encode(info)})
@@ -277,6 +276,10 @@ class SidecarBuilder:
 
 def _to_arrow(column: "array[int]", kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(column), [None, pa.py_buffer(column)])
+
+
+def _strings(column: "array[int]", numbers: dict[str, int]) -> pa.Array:
+    return pa.array(list(numbers), pa.string()).take(_to_arrow(column, pa.uint32()))
 
 
 def _lists(name: str, ends: "array[int]", children: list[pa.Array]) -> pa.Array:

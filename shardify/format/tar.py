@@ -5,26 +5,32 @@ One member is a 512-byte header, the data, and zeros to the next multiple of 512
 """
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from shardify.errors import FormatError
+from shardify.format.headers import (
+    BLOCK,
+    EXTENSIONS,
+    MAX_EXTENSION_BYTES,
+    PAX_GLOBAL,
+    REGULAR,
+    Extension,
+    parse_header,
+)
 from shardify.format.names import ZSTD
 from shardify.format.zstd import FRAME_BYTES, FrameWriter
 
-BLOCK = 512
 MAX_MEMBER_BYTES = 8 * 1024**3 - 1
 """Eleven octal digits hold no more."""
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 
 _MAX_NAME = 100
 _PADDING = bytes(BLOCK)
-_WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
 _MODE_TO_GID = b"0000644\0" + b"0000000\0" + b"0000000\0"
 _MTIME = b"00000000000\0"
 _AFTER_CHECKSUM = (
@@ -34,8 +40,7 @@ _AFTER_CHECKSUM = (
 _CONSTANT_SUM = sum(_MODE_TO_GID) + sum(_MTIME) + sum(b" " * 8) + sum(_AFTER_CHECKSUM)
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """Where one member of a sample lies.
 
     Attributes:
@@ -226,84 +231,54 @@ def read_members(span: memoryview, *, where: str) -> tuple[str, list[tuple[str, 
     Raises:
         FormatError: the bytes are not a sample: the index does not belong to the shard, or the shard is damaged.
     """
+    samples = list(read_samples(span, where=where))
+    if not samples:
+        raise FormatError(f"{where}: no members")
+    if len(samples) > 1:
+        raise FormatError(f"{where}: members of two samples, {samples[0][0]!r} and {samples[1][0]!r}")
+    return samples[0]
+
+
+def read_samples(span: memoryview, *, where: str) -> Iterator[tuple[str, list[tuple[str, memoryview]]]]:
+    """The samples of a run of members, as `read_members` gives one: a change of key begins the next. An end-of-archive mark ends them.
+
+    Raises:
+        FormatError: as `read_members`.
+    """
     members: list[tuple[str, memoryview]] = []
     key = ""
-    long_name: str | None = None
+    extension: Extension | None = None
     offset = 0
     while offset < len(span):
-        name, size, kind = read_header(span[offset : offset + BLOCK], where=where, offset=offset)
+        header = parse_header(span, offset)
+        if header is None:
+            if members and span[offset : offset + BLOCK] == _PADDING:
+                break
+            raise FormatError(f"{where}: no tar header at byte {offset} of the sample")
+        name, size, kind = header
+        if extension is not None and kind not in EXTENSIONS:
+            name = extension.path or name
+            size = size if extension.size is None else extension.size
+            extension = None
         data = offset + BLOCK
         offset = data + size + padding(size)
         if offset > len(span):
             raise FormatError(
                 f"{where}: member {name!r} reaches {offset - len(span)} bytes beyond its sample"
             )
-        if kind not in (b"0", b"\0"):
-            # shards written by others: names that do not fit a header precede it, as a PAX record or a GNU member
-            if kind == b"x":
-                long_name = _pax_path(bytes(span[data : data + size])) or long_name
-            elif kind == b"L":
-                long_name = _text(bytes(span[data : data + size]))
-            elif kind not in (b"g", b"K"):
-                long_name = None
-            continue
-        parsed = split_name(long_name or name)
-        long_name = None
-        if parsed is None:
-            continue
-        member_key, field = parsed
-        if members and member_key != key:
-            raise FormatError(f"{where}: members of two samples, {key!r} and {member_key!r}")
-        key = member_key
-        members.append((field, span[data : data + size]))
-    if not members:
-        raise FormatError(f"{where}: no members")
-    return key, members
-
-
-def read_header(header: memoryview, *, where: str, offset: int) -> tuple[str, int, bytes]:
-    """Name, data size and type flag of one header. Bytes of the name that are not UTF-8 are escaped.
-
-    Raises:
-        FormatError: it is not a tar header.
-    """
-    block = bytes(header)
-    # before POSIX there was no magic; the checksum tells headers from data
-    if len(block) < BLOCK or block[257:262] not in (b"ustar", bytes(5)) or not _checksum_holds(block):
-        raise FormatError(f"{where}: no tar header at byte {offset} of the sample")
-    kind = block[156:157]
-    digits = block[124:136].strip(b"\0 ")
-    if digits.strip(b"01234567"):
-        raise FormatError(f"{where}: damaged tar header at byte {offset} of the sample (size {digits!r})")
-    # links, devices and folders have no data, whatever their size says
-    size = 0 if kind in _WITHOUT_DATA else int(digits or b"0", 8)
-    name = _text(block[:100])
-    # a GNU header keeps times where ustar keeps the prefix; "ustar  " tells them apart
-    prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else ""
-    return (f"{prefix}/{name}" if prefix else name), size, kind
-
-
-def _text(data: bytes) -> str:
-    return data.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
-
-
-def _pax_path(data: bytes) -> str | None:
-    """The record ``path`` of a PAX extended header; a record is its own length, a blank, keyword=value and a newline."""
-    path = None
-    while data:
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length[:9]) <= len(data):
-            break
-        keyword, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        if keyword == b"path":
-            path = _text(value)
-        data = data[int(length) :]
-    return path
-
-
-def _checksum_holds(block: bytes) -> bool:
-    try:
-        expected = int(block[148:156].strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        return False
-    return sum(block) - sum(block[148:156]) + 8 * 32 == expected
+        if kind in REGULAR:
+            parsed = split_name(name)
+            if parsed is None:
+                continue
+            if members and parsed[0] != key:
+                yield key, members
+                members = []
+            key = parsed[0]
+            members.append((parsed[1], span[data : data + size]))
+        elif kind in EXTENSIONS and kind != PAX_GLOBAL:
+            # shards written by others: what does not fit a header precedes it
+            extension = extension or Extension()
+            if size > MAX_EXTENSION_BYTES or not extension.read(kind, bytes(span[data : data + size])):
+                raise FormatError(f"{where}: damaged extended header at byte {data} of the sample")
+    if members:
+        yield key, members

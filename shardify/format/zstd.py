@@ -67,7 +67,7 @@ class FrameWriter:
             )
         content = b"".join(pieces)
         frame = self._compressor.compress(content)
-        self._entries.extend((len(frame), size, xxhash.xxh64_intdigest(content) & 0xFFFFFFFF))
+        self._entries.extend((len(frame), size, _checksum(content)))
         self._bytes += len(frame)
         return frame
 
@@ -132,6 +132,30 @@ def read_seek_table(file: BinaryIO, *, where: str) -> SeekTable | None:
             f"{where}: damaged seek table: its frames end at byte {starts[-1]}, but it begins at byte {begin}"
         )
     return SeekTable(starts, entries[:, 1].astype(np.int64), entries[:, 2] if columns == 3 else None)
+
+
+def read_frame(file: BinaryIO, table: SeekTable, number: int, *, where: str) -> bytes:
+    """The content of one frame, checked against the seek table.
+
+    Raises:
+        FormatError: the frame is damaged or not that of its entry; `where` and its first byte are named.
+    """
+    begin, end = int(table.starts[number]), int(table.starts[number + 1])
+    size = int(table.sizes[number])
+    at = f"{where}: frame at byte {begin}"
+    if max(size, end - begin) > MAX_FRAME_BYTES:
+        raise FormatError(f"{at}: {size} bytes; at most {MAX_FRAME_BYTES} are read")
+    file.seek(begin)
+    content = decompress_frame(file.read(end - begin), where=at, limit=size)
+    if len(content) != size:
+        raise FormatError(f"{at}: holds {len(content)} bytes, but the seek table says {size}")
+    if table.checksums is not None and _checksum(content) != table.checksums[number]:
+        raise FormatError(f"{at}: its content is not that of its checksum in the seek table")
+    return content
+
+
+def _checksum(content: bytes) -> int:
+    return xxhash.xxh64_intdigest(content) & 0xFFFFFFFF
 
 
 def decompress_frame(frame: bytes | memoryview, *, where: str, limit: int = MAX_FRAME_BYTES) -> bytes:

@@ -1,0 +1,242 @@
+"""Walking a tar of any origin: from the bytes of a file or a frame to members that belong to samples."""
+
+import os
+from collections.abc import Iterator
+from io import FileIO
+from typing import Protocol, TypeAlias
+
+import xxhash
+
+from shardify.errors import FormatError
+from shardify.format.headers import (
+    BLOCK,
+    EXTENSIONS,
+    MAX_EXTENSION_BYTES,
+    PAX,
+    PAX_GLOBAL,
+    REGULAR,
+    SPARSE,
+    Extension,
+    parse_header,
+    says_nothing,
+)
+from shardify.format.tar import padding, split_name
+
+WINDOW_BYTES = 256 * 1024
+"""Read at a time: what stays in a core's own cache while it is hashed, walked and looked into."""
+
+MAX_PARSED_BYTES = 256 * 1024 * 1024
+"""Larger members are hashed in pieces and not looked into."""
+
+_ROUND = BLOCK - 1
+_ZEROS = bytes(BLOCK)
+_NOTHING = memoryview(b"")
+
+
+class Window(Protocol):
+    """The bytes of a tar, as far as they are in memory.
+
+    Attributes:
+        base: offset of the first one.
+        total: bytes of the tar, or of its part.
+        partial: whether the tar may go on elsewhere, so that the bytes may end without a mark.
+        marked: whether the end-of-archive mark was found.
+    """
+
+    base: int
+    total: int
+    partial: bool
+    marked: bool
+
+    def advance(self, used: int, need: int) -> memoryview:
+        """Pass over `used` bytes; what is there then, at least `need` bytes unless the tar ends. What was given before is void."""
+        ...
+
+
+class FileWindow:
+    """A file, hashed on its way through one reused buffer."""
+
+    partial = False
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self._view = memoryview(bytearray(WINDOW_BYTES))
+        self._filled = 0
+        self.base = 0
+        self.total = os.fstat(file.fileno()).st_size
+        self.marked = False
+        self.digest = xxhash.xxh3_128()
+
+    def advance(self, used: int, need: int) -> memoryview:
+        """See `Window`."""
+        view, left = self._view, self._filled - used
+        if need > len(view) or len(view) > WINDOW_BYTES:
+            self._view = memoryview(bytearray(max(need, left, WINDOW_BYTES)))
+        self._view[:left] = view[used : self._filled]
+        view = self._view
+        while left < need:
+            count = self._file.readinto(view[left:])
+            if not count:
+                break
+            self.digest.update(view[left : left + count])
+            left += count
+        self._filled = left
+        self.base += used
+        return view[:left]
+
+
+class FrameWindow:
+    """The content of one frame, whole."""
+
+    partial = True
+
+    def __init__(self, content: bytes) -> None:
+        self._view = memoryview(content)
+        self.base = 0
+        self.total = len(content)
+        self.marked = False
+
+    def advance(self, used: int, need: int) -> memoryview:  # noqa: ARG002 - there is no more
+        """See `Window`."""
+        self.base += used
+        self._view = self._view[used:]
+        return self._view
+
+
+Entry: TypeAlias = tuple[str, str, int, int, int, memoryview, int]
+"""One member that belongs to a sample: key, field, where its first header begins, where its data begins, size, data, and xxh3_64 of it.
+
+The data is void when the next entry is drawn, and empty when it is larger than `MAX_PARSED_BYTES`.
+"""
+
+
+def walk(window: Window, where: str) -> Iterator[Entry]:
+    """The members of a tar in order, without those that belong to no sample: folders, links, and names that `split_name` refuses.
+
+    Raises:
+        FormatError: it is no tar, damaged, cut off, or followed by another one; `where` and the byte are named.
+    """
+    view, at, total = window.advance(0, BLOCK), 0, window.total
+    begin = -1  # of the first header of the next member
+    extension: Extension | None = None
+    repeated, repeated_header = b"", ("", 0, b"")  # writers of PAX headers write the same one again and again
+    while True:
+        if len(view) - at < BLOCK:
+            view, at = window.advance(at, BLOCK), 0
+            if not len(view) and window.partial and begin < 0:
+                return
+        header_at = window.base + at
+        block = bytes(view[at : at + BLOCK])
+        header = repeated_header if block == repeated else parse_header(block)
+        if header is None:
+            if block == _ZEROS and begin < 0:
+                window.marked = True
+                _pass_tail(window, at, where)
+                return
+            cut = len(block) < BLOCK or block == _ZEROS
+            what = "cut off before the end-of-archive mark" if cut else "damaged: no tar header"
+            raise FormatError(f"{where}: {what if header_at else 'no tar, or ' + what} at byte {header_at}")
+        name, size, kind = header
+        at += BLOCK
+        if kind in EXTENSIONS:
+            if len(view) - at < size <= MAX_EXTENSION_BYTES:
+                view, at = window.advance(at, size), 0
+            if len(view) - at < size:
+                raise FormatError(f"{where}: cut off, or damaged, in the extended header at byte {header_at}")
+            records = bytes(view[at : at + size])
+            if kind not in PAX or not says_nothing(records):
+                said = extension if extension and kind != PAX_GLOBAL else Extension()
+                if not said.read(kind, records):
+                    raise FormatError(f"{where}: damaged extended header at byte {header_at}")
+                if kind != PAX_GLOBAL:
+                    extension = said
+                elif said != Extension():
+                    raise FormatError(
+                        f"{where}: the global header at byte {header_at} names or sizes all members alike"
+                    )
+            if kind != PAX_GLOBAL and begin < 0:
+                begin = header_at
+            repeated, repeated_header = block, header
+            view, at = _pass(window, view, at + (size + _ROUND & ~_ROUND))
+            continue
+        if begin < 0:
+            begin = header_at
+        if extension is not None:
+            name = extension.path or name
+            size = size if extension.size is None else extension.size
+        if kind == SPARSE or (extension is not None and extension.sparse):
+            raise FormatError(
+                f"{where}: member {name!r} at byte {begin} is a sparse file, whose data cannot be read in place"
+            )
+        offset = header_at + BLOCK
+        if offset + size > total:
+            raise FormatError(
+                f"{where}: member {name!r} at byte {begin} is cut off: it should end at byte {offset + size}, "
+                f"but the {'frame' if window.partial else 'file'} does at byte {total}"
+            )
+        parsed = split_name(name) if kind in REGULAR else None
+        if parsed is None:
+            end = at + (size + _ROUND & ~_ROUND)
+        elif size > MAX_PARSED_BYTES:
+            digest = xxhash.xxh3_64()
+            for piece in _pieces(window, at, size, where):
+                digest.update(piece)
+            yield *parsed, begin, offset, size, _NOTHING, digest.intdigest()
+            view, end = window.advance(0, BLOCK), padding(size)
+        else:
+            if len(view) - at < size:
+                view, at = window.advance(at, size), 0
+            data = view[at : at + size]
+            yield *parsed, begin, offset, size, data, xxhash.xxh3_64_intdigest(data)
+            end = at + (size + _ROUND & ~_ROUND)
+        if end > len(view):
+            view, at = _pass(window, view, end)
+        else:
+            at = end
+        begin = -1
+        extension = None
+
+
+def _pass(window: Window, view: memoryview, at: int) -> tuple[memoryview, int]:
+    """The view and the place in it that is `at` bytes from the begin of this view, or the end of the tar."""
+    while at > len(view):
+        at -= len(view)
+        view = window.advance(len(view), 1)
+        if not len(view):
+            return view, 0
+    return view, at
+
+
+def _pieces(window: Window, at: int, size: int, where: str) -> Iterator[memoryview]:
+    """The next `size` bytes from `at` on; they are passed over."""
+    while size:
+        view = window.advance(at, 1)
+        at = min(len(view), size)
+        if not at:
+            raise FormatError(f"{where}: became shorter while it was read")
+        yield view[:at]
+        size -= at
+    window.advance(at, 0)
+
+
+def _pass_tail(window: Window, at: int, where: str) -> None:
+    """Pass over what follows the end-of-archive mark: zeros, and whatever is no tar.
+
+    Raises:
+        FormatError: another tar follows, which no reader would see.
+    """
+    mark = window.base + at
+    view = window.advance(at, BLOCK)
+    watching = True
+    while len(view):
+        content = bytes(view) if watching else b""
+        zeros = len(content) - len(content.lstrip(b"\0"))
+        if zeros < len(content):
+            view = window.advance(zeros - zeros % BLOCK, BLOCK)
+            if parse_header(view) is not None:
+                raise FormatError(
+                    f"{where}: another tar begins at byte {window.base}, behind the end-of-archive mark at byte {mark}, "
+                    "where tar readers stop; `tar --concatenate` joins tars"
+                )
+            watching = False
+        view = window.advance(len(view), 1)
