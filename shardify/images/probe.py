@@ -45,8 +45,8 @@ _PNG_CHUNK = struct.Struct(">I4s")
 _DEEP = 16
 _RIFF_CHUNK = struct.Struct("<4sI")
 _WEBP_ALPHA, _WEBP_EXIF, _WEBP_ANIMATION = 0x10, 0x08, 0x02
-_CHUNKS = 64  # looked at
-_TAIL = 65_536
+_CHUNKS = 4096  # looked at
+_GIF_HEAD = 2048
 _EXIF = b"Exif\0\0"
 _ORIENTATION = 0x0112
 _TURNED = range(2, 9)
@@ -242,29 +242,19 @@ def _read_png(data: bytes | memoryview, start: bytes) -> ImageHeader | None:
     if start[12:16] != b"IHDR":
         return None
     alpha, animated, rotated = colour in (4, 6), False, False
-    at = 33
-    for _ in range(_CHUNKS):  # those before the pixels
-        length, kind = _PNG_CHUNK.unpack_from(data, at) if at + 8 <= len(data) else (0, b"IDAT")
-        if kind == b"IDAT":
+    at, end = 33, len(data) - 8
+    unpack = _PNG_CHUNK.unpack_from
+    for _ in range(_CHUNKS):  # to the end: eXIf may stand behind the pixels
+        if at > end:
             break
-        alpha |= kind == b"tRNS"
-        animated |= kind == b"acTL"
-        if kind == b"eXIf":
-            rotated = _is_rotated(data[at + 8 : at + 8 + length])
+        length, kind = unpack(data, at)
+        if kind not in (b"IDAT", b"IEND"):
+            alpha |= kind == b"tRNS"
+            animated |= kind == b"acTL"
+            if kind == b"eXIf":
+                rotated = _is_rotated(data[at + 8 : at + 8 + length])
         at += 12 + length
-    if not rotated:
-        rotated = _png_exif_behind(data, at)
     return ImageHeader("png", width, height, _traits(rotated, alpha, depth == _DEEP, animated))
-
-
-def _png_exif_behind(data: bytes | memoryview, pixels: int) -> bool:
-    """Whether an eXIf chunk near the end of the file, behind the pixels, turns the picture."""
-    tail = bytes(data[max(pixels, len(data) - _TAIL) :])
-    at = tail.rfind(b"eXIf")
-    if at < 4:
-        return False
-    length = int.from_bytes(tail[at - 4 : at], "big")
-    return at + 8 + length <= len(tail) and _is_rotated(tail[at + 4 : at + 4 + length])
 
 
 def _read_webp(data: bytes | memoryview, start: bytes) -> ImageHeader | None:
@@ -350,6 +340,12 @@ def _scan_start(data: bytes) -> int:
     return 0
 
 
+def _may_be_animated(head: bytes) -> bool:
+    """Whether a GIF begins as animations do: it loops, or its first picture is shown for a time. Pillow would look through all of every file."""
+    control = head.find(b"\x21\xf9\x04")
+    return b"NETSCAPE2.0" in head or (control >= 0 and head[control + 4 : control + 6] != b"\0\0")
+
+
 def _open(data: bytes | memoryview, *, check: str) -> ImageHeader:
     beyond = []
     try:
@@ -358,7 +354,7 @@ def _open(data: bytes | memoryview, *, check: str) -> ImageHeader:
             size = image.size
             if check != "none":
                 beyond = [tile for tile in getattr(image, "tile", ()) if tile.offset >= len(data)]
-            traits = _pillow_traits(image)
+            traits = _pillow_traits(image, data)
     except ImageError as error:
         code = "image-too-large" if error.code == "image-too-large" else "image-unrecognised"
         raise ImageError(code, error.detail) from None
@@ -369,13 +365,14 @@ def _open(data: bytes | memoryview, *, check: str) -> ImageHeader:
     return ImageHeader(kind, *size, traits)
 
 
-def _pillow_traits(image: Image.Image) -> tuple[str, ...]:
+def _pillow_traits(image: Image.Image, data: bytes | memoryview) -> tuple[str, ...]:
     mode, alpha = image.mode, image.has_transparency_data
     rotated = animated = False
     # damage in what only these look at is no fault of the picture
     with suppress(Exception):
         rotated = image.getexif().get(_ORIENTATION, 1) in _TURNED
-    if image.format == "GIF":  # several pages of a TIFF, or sizes of an icon, are no animation
+    # several pages of a TIFF, or sizes of an icon, are no animation
+    if image.format == "GIF" and _may_be_animated(bytes(data[:_GIF_HEAD])):
         with suppress(Exception):
             animated = bool(getattr(image, "is_animated", False))
     traits = _traits(rotated, alpha, mode.startswith(("I", "F")), animated)
