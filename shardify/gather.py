@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from shardify.errors import FormatError
+from shardify.errors import FormatError, UsageError
 from shardify.format.headers import BLOCK
-from shardify.format.manifest import Manifest, Source, read_manifest
+from shardify.format.manifest import PART, RECORDS, SHARDS, Manifest, Source, read_manifest
 from shardify.format.names import MANIFEST, TAR_ZST, is_image_field
 from shardify.format.shards import Shards, ShardSet, open_shards
 from shardify.format.sidecar import read_sidecar
@@ -26,12 +26,6 @@ from shardify.plan import planned_order
 from shardify.records import NO_ID
 from shardify.select import Filter, same_id
 from shardify.sources.llava import record_names
-
-PART = "part"
-"""The kind of a manifest's source: some records of a record file or tar, taken from a data set; `records` says how many."""
-
-SHARDS = "shards"
-"""The kind of a manifest's source: a data set that samples were taken from."""
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -195,15 +189,10 @@ def manifest_sources(sets: list[DataSet], gathered: Gathered) -> list[Source]:
         fingerprint = data_set.shards.fingerprint
         found.append(Source(SHARDS, data_set.name, fingerprint["samples"], fingerprint["digest"]))
         manifest = data_set.manifest
-        own = manifest.sources if manifest else []
-        own = [
-            *own,
-            *(source for append in (manifest.appends if manifest else []) for source in append.sources),
-        ]
         known.append({})
-        for source in own:
+        for source in manifest.all_sources if manifest else ():
             name = data_set.prefix + source.name
-            if source.kind in ("records", PART):
+            if source.kind in (RECORDS, PART):
                 known[-1].setdefault(name, source)
             else:
                 others.append(_renamed(source, name, source.kind, source.records))
@@ -287,7 +276,11 @@ class _Parts:
         samples["shard"] = self._shards
         samples["source"] = self._sources.add(table["source"])
         for source in np.unique(samples["source"]).tolist():
-            self._set_of.setdefault(source, set_number)
+            if self._set_of.setdefault(source, set_number) != set_number:
+                raise UsageError(
+                    f"{path}: another data set, in a folder above or below, has a source of the name {list(self._sources)[source]};"
+                    " rename a folder"
+                )
         ends = np.cumsum(counts)
         padded = np.concatenate([[0], np.cumsum(BLOCK + -(-members["size"] // BLOCK) * BLOCK)])
         samples["span"] = padded[ends] - padded[ends - counts]

@@ -23,6 +23,7 @@ from shardify.format.sidecar import ImageInfo, SetAside
 from shardify.format.tar import ShardWriter, sample_span
 from shardify.format.zstd import MAX_FRAME_BYTES, decompress_frame
 from shardify.images.probe import ImageHeader, probe, same_format
+from shardify.images.shrink import shrink
 from shardify.outputs import Output
 from shardify.pack import (
     ID_REPEATED,
@@ -255,10 +256,8 @@ def _picture(context: TransferContext, piece: _Piece, pieces: Sequence[_Piece]) 
     except ImageError:
         return _Image(piece.field, piece.data, None, is_smaller=False)
     if context.shrink:
-        from shardify.images.shrink import shrink
-
         smaller = shrink(
-            bytes(piece.data),
+            piece.data,
             header,
             shortest_edge=context.shrink.shortest_edge,
             quality=context.shrink.quality,

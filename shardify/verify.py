@@ -29,7 +29,7 @@ from shardify.errors import FormatError, ImageError, RecordError
 from shardify.format.hashing import hash_file
 from shardify.format.headers import BLOCK, parse_header
 from shardify.format.index import index_rows, read_index
-from shardify.format.manifest import Manifest, Shard, read_manifest
+from shardify.format.manifest import PART, RECORDS, Manifest, Shard, read_manifest
 from shardify.format.names import (
     INDEX,
     MANIFEST,
@@ -153,7 +153,8 @@ class _Task:
         shard: what the manifest says of it, None without one.
         number: its place in the manifest.
         index: path of index.npy, its samples, and the first of this shard; None when it cannot be read.
-        sources: record files -> how many records they hold.
+        sources: record files -> how many records they hold, or how many were taken of them.
+        parts: those of them that records were taken of, which may be any JSON.
     """
 
     path: str
@@ -161,7 +162,8 @@ class _Task:
     shard: Shard | None = None
     number: int = 0
     index: tuple[str, int, int] | None = None
-    sources: Mapping[str, int | None] = field(default_factory=dict)
+    sources: Mapping[str, int] = field(default_factory=dict)
+    parts: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -208,7 +210,7 @@ def _tasks(selection: Selection, *, lenient: bool) -> tuple[list[_Task], list[Fa
     except (FormatError, OSError) as error:
         readable = False
         faults.append(Fault(index_path, str(error).removeprefix(f"{index_path}: ")))
-    sources = {source.name: source.records for source in manifest.sources if source.kind == "records"}
+    sources, parts = _record_sources(manifest), _parts(manifest)
     number_of = {shard.tar: number for number, shard in enumerate(manifest.shards)}
     tasks = []
     for name, path in zip(selection.names, selection.paths, strict=True):
@@ -218,7 +220,7 @@ def _tasks(selection: Selection, *, lenient: bool) -> tuple[list[_Task], list[Fa
         shard = manifest.shards[number]
         index = (index_path, starts[-1], starts[number]) if readable else None
         tasks.append(
-            _Task(path, os.path.join(selection.folder, shard.sidecar), shard, number, index, sources)
+            _Task(path, os.path.join(selection.folder, shard.sidecar), shard, number, index, sources, parts)
         )
     return tasks, faults
 
@@ -366,7 +368,11 @@ def _check_rows(task: _Task, report: _Report, rows: list[dict[str, Any]], info: 
     with open(task.path, "rb", buffering=0) as file:
         spans = (_frame_spans if is_compressed(task.path) else _plain_spans)(file, report, rows, ours)
         for number, span, base in spans:
-            _check_sample(report, span, rows[number], base, ours=ours, strict=number not in tolerant)
+            row = rows[number]
+            content = _check_members(report, span, row, base, ours=ours)
+            if content is not None:
+                packed = ours and row["source"] not in task.parts
+                _check_content(report, content, row, packed=packed, strict=number not in tolerant)
     if rows:
         report.first_key, report.last_key = rows[0]["key"], last_key
     report.records = {source: np.array(found, np.int64) for source, found in numbers.items()}
@@ -460,10 +466,14 @@ def _frame_spans(
         report.add("no end-of-archive mark follows the last sample in a frame of its own, or more than that")
 
 
-def _check_sample(
-    report: _Report, span: memoryview, row: dict[str, Any], base: int, *, ours: bool, strict: bool
-) -> None:
-    """One sample's bytes against its row; `base` is where they begin by the count of its members' offsets."""
+def _check_members(
+    report: _Report, span: memoryview, row: dict[str, Any], base: int, *, ours: bool
+) -> dict[str, memoryview] | None:
+    """One sample's bytes against its row; `base` is where they begin by the count of its members' offsets.
+
+    Returns:
+        The members, None when they are not those of the row.
+    """
     key, begin = row["key"], row["offset"]
     before = len(report.faults)
     content: dict[str, memoryview] = {}
@@ -490,26 +500,34 @@ def _check_sample(
             report.add("its padding is not zero", key=key, member=name, offset=offset + size)
         content[name] = data
     if len(report.faults) > before:
-        return
+        return None
     try:
         found_key, members = read_members(span, where="")
     except FormatError as error:
         report.add(str(error).removeprefix(": "), key=key, offset=begin)
-        return
+        return None
     if found_key != key:
         report.add(f"has the key {found_key} in the tar", key=key, offset=begin)
     stored = [f"{name} ({len(data)} bytes)" for name, data in members]
     recorded = [f"{name} ({len(data)} bytes)" for name, data in content.items()]
     if stored != recorded:
         report.add(f"has the members {stored} in the tar, {recorded} in its row", key=key, offset=begin)
-        return
+        return None
+    return content
+
+
+def _check_content(
+    report: _Report, content: Mapping[str, memoryview], row: dict[str, Any], *, packed: bool, strict: bool
+) -> None:
+    """One sample's images and record against its row; `packed`: it was made of a record, and holds nothing else."""
+    key = row["key"]
     offsets = {member["field"]: member["offset"] for member in row["members"]}
-    _check_images(report, content, offsets, row, ours=ours)
+    _check_images(report, content, offsets, row, packed=packed)
     if RECORD_FIELD in content:
-        for what in _record_faults(content[RECORD_FIELD], row, ours=ours, strict=strict):
+        for what in _record_faults(content[RECORD_FIELD], row, packed=packed, strict=strict):
             report.add(what, key=key, member=RECORD_FIELD, offset=offsets[RECORD_FIELD])
-    elif ours:
-        report.add("has no record", key=key, offset=begin)
+    elif packed:
+        report.add("has no record", key=key, offset=row["offset"])
 
 
 def _check_images(
@@ -518,11 +536,11 @@ def _check_images(
     offsets: Mapping[str, int],
     row: dict[str, Any],
     *,
-    ours: bool,
+    packed: bool,
 ) -> None:
     key = row["key"]
     described = [image["field"] for image in row["images"]]
-    stored = [name for name in content if (name != RECORD_FIELD if ours else is_image_field(name))]
+    stored = [name for name in content if (name != RECORD_FIELD if packed else is_image_field(name))]
     if described != stored:
         report.add(
             f"has the images {stored} in the tar, {described} in its row", key=key, offset=row["offset"]
@@ -533,7 +551,8 @@ def _check_images(
         recorded = image["format"], image["width"], image["height"]
         what = ""
         try:
-            header = probe(content[name])
+            # its bytes are those that were packed: a cut-off one was kept by --policy or by --check none
+            header = probe(content[name], check="none")
         except ImageError as error:
             if recorded[1:] != (0, 0):
                 what = f"is no readable image ({error})"
@@ -544,13 +563,13 @@ def _check_images(
             report.add(what, key=key, member=name, offset=offsets[name])
 
 
-def _record_faults(data: memoryview, row: dict[str, Any], *, ours: bool, strict: bool) -> Iterator[str]:
+def _record_faults(data: memoryview, row: dict[str, Any], *, packed: bool, strict: bool) -> Iterator[str]:
     found: tuple[str | None, int, int, bool] = (None, 0, 0, True)  # of JSON that is no LLaVA record
     try:
         sample = parse_record(data)
         found = sample.id, len(sample.turns), sample.words, sample.strict
     except RecordError as error:
-        if ours:
+        if packed:
             yield f"is no LLaVA record ({error})"
             return
     recorded = row["id"], row["turns"], row["words"], strict
@@ -586,7 +605,7 @@ def _check_set(selection: Selection, manifest: Manifest, reports: Sequence[_Repo
     samples = sum(shard.samples for shard in manifest.shards)
     if samples != counts.packed:
         faults.append(Fault(path, f"{counts.packed} packed, but its shards hold {samples} samples"))
-    sources = {source.name: source.records or 0 for source in manifest.sources if source.kind == "records"}
+    sources = _record_sources(manifest)
     if sum(sources.values()) != counts.records_in:
         faults.append(
             Fault(path, f"{counts.records_in} records in, but its sources hold {sum(sources.values())}")
@@ -606,8 +625,19 @@ def _check_set(selection: Selection, manifest: Manifest, reports: Sequence[_Repo
             if dict(here) != dict(there):
                 faults.append(Fault(path, f"{name} {dict(there)}, but by the sidecars {dict(here)}"))
         faults += _check_quarantine(os.path.join(selection.folder, QUARANTINE), items, list(sources))
-        faults += _check_cover(path, sources, items, reports)
+        faults += _check_cover(path, sources, _parts(manifest), items, reports)
     return faults
+
+
+def _record_sources(manifest: Manifest) -> dict[str, int]:
+    """The sources that samples name, and how many records of each were packed or set aside."""
+    return {
+        source.name: source.records or 0 for source in manifest.all_sources if source.kind in (RECORDS, PART)
+    }
+
+
+def _parts(manifest: Manifest) -> frozenset[str]:
+    return frozenset(source.name for source in manifest.all_sources if source.kind == PART)
 
 
 def _check_key_order(reports: Sequence[_Report]) -> Iterator[Fault]:
@@ -648,15 +678,26 @@ def _check_quarantine(path: str, items: Sequence[SetAside], sources: Sequence[st
 
 
 def _check_cover(
-    path: str, sources: Mapping[str, int], items: Sequence[SetAside], reports: Sequence[_Report]
+    path: str,
+    sources: Mapping[str, int],
+    parts: frozenset[str],
+    items: Sequence[SetAside],
+    reports: Sequence[_Report],
 ) -> Iterator[Fault]:
-    """Every record is packed or set aside, once."""
+    """Every record is packed or set aside, once; of a part, as many as were taken."""
     for source, records in sources.items():
         numbers = [report.records[source] for report in reports if source in report.records]
         numbers.append(np.array([item.record for item in items if item.source == source], np.int64))
         found, times = np.unique(np.concatenate(numbers), return_counts=True)
         inside = found[(found >= 0) & (found < records)]
-        if len(inside) < records:
+        if source in parts:
+            inside = found
+            if len(found) != records:
+                yield Fault(
+                    path,
+                    f"{records} records of {source} were taken, but {len(found)} are packed or set aside",
+                )
+        elif len(inside) < records:
             # the first place where sorted numbers leave 0, 1, 2, ...
             lost = int(np.argmax(np.append(inside != np.arange(len(inside)), True)))
             yield Fault(

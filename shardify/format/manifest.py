@@ -9,14 +9,20 @@ from shardify.errors import FormatError
 
 FORMAT_VERSION = 1
 
+RECORDS = "records"
+SHARDS = "shards"
+"""A data set that samples were taken from."""
+PART = "part"
+"""Some records of a record file, or samples of a tar, taken from a data set."""
+
 
 class Source(msgspec.Struct, frozen=True, omit_defaults=True):
     """A record file or an image store the data set was made from.
 
     Attributes:
-        kind: ``records``, ``archive`` or ``folder``.
+        kind: `RECORDS`, ``archive``, ``folder``, ...; of a set made of others, `SHARDS` and `PART`.
         name: relative to the root of its kind, never absolute.
-        records: for record files, how many records it holds.
+        records: for record files, how many records it holds; for data sets, samples; for parts, how many were taken.
         fingerprint: xxh3_128 of a record file's content or of an archive's directory; empty for folders, whose images are hashed one by one
             in the sidecars.
         licence: as the recipe states it.
@@ -80,6 +86,11 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     index_xxh3_128: str
     counts: Counts
     appends: list[Append] = []
+
+    @property
+    def all_sources(self) -> list[Source]:
+        """The sources of the first shards, then those of what was added."""
+        return [*self.sources, *(source for append in self.appends for source in append.sources)]
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
