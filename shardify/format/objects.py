@@ -119,7 +119,8 @@ def put(url: str, content: bytes | memoryview, *, create_only: bool = False) -> 
     Raises:
         PackError: the store cannot be reached or refuses.
     """
-    return in_child(_put, url, content, create_only)
+    # obstore takes no signed ones, which are pyarrow's
+    return in_child(_put, url, bytes(content), create_only)
 
 
 def delete(url: str) -> None:
@@ -297,7 +298,7 @@ def _listed(meta: Any, skipped: int) -> tuple[bytes, int]:
     return meta["path"][skipped:].encode(), int(meta["size"])
 
 
-def _put(url: str, content: bytes | memoryview, create_only: bool) -> bool:
+def _put(url: str, content: bytes, create_only: bool) -> bool:
     require_writable(url)
     with explained(url):
         store, key = open_bucket(url)
@@ -380,8 +381,13 @@ def _fetch(url: str, file: int) -> None:
             for _ in pool.map(copy, range(0, total, PART)):
                 pass
     except FileNotFoundError as error:
-        if is_missing_bucket(error):
-            raise
+        told: Exception = error
+        try:
+            obstore.get(store, key)  # the answer to a HEAD has no body, which would tell of a missing bucket
+        except FileNotFoundError as again:
+            told = again
+        if is_missing_bucket(told):
+            raise told from None
         raise PackError(f"{shown(url)}: no such object") from None
 
 
@@ -397,11 +403,13 @@ def _write(file: int, data: memoryview, at: int, url: str) -> int:
 
 def _abort_uploads(place: Place, suffixes: tuple[str, ...]) -> None:
     import boto3  # type: ignore[import-untyped]
+    from botocore.config import Config  # type: ignore[import-untyped]
     from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 
     prefix = f"{place.key}/" if place.key else ""
     with suppress(BotoCoreError, ClientError, ValueError):  # it is only to save room
-        client = boto3.session.Session().client("s3")
+        patience = Config(connect_timeout=5, read_timeout=10, retries={"total_max_attempts": 2})
+        client = boto3.session.Session().client("s3", config=patience)
         pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=prefix)
         for upload in (upload for page in pages for upload in page.get("Uploads", ())):
             name = upload["Key"][len(prefix) :]

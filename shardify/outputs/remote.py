@@ -19,7 +19,6 @@ from typing import BinaryIO
 
 import xxhash
 
-from shardify.errors import PackError, UsageError
 from shardify.format import names, objects
 from shardify.format.bucket import join_url, require_writable
 
@@ -72,10 +71,9 @@ class RemoteOutput:
 
         A run that ends before it is done removes the uploads that its workers were ended in, where uploads can be listed.
         """
-        try:
-            objects.sizes(self.place)
-        except PackError as error:
-            raise UsageError(str(error)) from None
+        objects.sizes(
+            self.place
+        )  # what cannot be listed cannot be continued: better told before the work than after
         folder, lock = _claim_folder(self.place)
         self._folders.append(folder)
         try:

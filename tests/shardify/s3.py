@@ -51,12 +51,17 @@ class Server:
         """A boto3 client, which is not the code under test."""
         return _client(self.url)
 
+    def keys(self, bucket: str, prefix: str = "") -> list[str]:
+        """The objects whose keys begin with the prefix, by the rest of them."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return [found["Key"][len(prefix) :] for page in pages for found in page.get("Contents", ())]
+
     def objects(self, bucket: str, prefix: str = "") -> dict[str, bytes]:
-        """Key below the prefix -> content."""
-        client = self.client
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        keys = [found["Key"] for page in pages for found in page.get("Contents", ())]
-        return {key[len(prefix) :]: client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+        """Key without the prefix -> content."""
+        return {
+            key: self.client.get_object(Bucket=bucket, Key=prefix + key)["Body"].read()
+            for key in self.keys(bucket, prefix)
+        }
 
     def uploads(self, bucket: str) -> list[str]:
         """Keys of unfinished multipart uploads."""

@@ -55,7 +55,7 @@ def test_objects_are_put_read_measured_and_removed(place):
     url = f"{place}/folder/an object ü#?%20.bin"
     assert objects.get(url) is None
     assert objects.size(url) is None
-    assert objects.put(url, b"0123456789")
+    assert objects.put(url, memoryview(b"0123456789").cast("b"))
     assert objects.get(url) == b"0123456789"
     assert objects.size(url) == 10
     assert objects.get_range(url, 3, 4) == b"3456"
@@ -307,12 +307,13 @@ def test_faults_are_told_in_one_clear_line(proxy, place, status, body, message):
         assert "never-to-be-shown" not in text
 
 
-def test_a_bucket_that_is_not_there(place):
+def test_a_bucket_that_is_not_there(place, tmp_path):
     for call in (
         lambda: objects.get("s3://no-such-bucket-here/x"),
         lambda: objects.put("s3://no-such-bucket-here/x", b""),
         lambda: objects.sizes("s3://no-such-bucket-here/"),
         lambda: objects.list_objects("s3://no-such-bucket-here/x"),
+        lambda: objects.download("s3://no-such-bucket-here/x", tmp_path / "x"),
     ):
         with pytest.raises(PackError, match=r"s3://no-such-bucket-here.*no such bucket"):
             call()

@@ -1,0 +1,309 @@
+"""Records, images and output in S3, through the command line: the bytes of a local pack, whatever is killed or fails on the way."""
+
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+_spec = importlib.util.spec_from_file_location("s3", Path(__file__).parent / "s3.py")
+s3 = importlib.util.module_from_spec(_spec)
+sys.modules["s3"] = s3
+_spec.loader.exec_module(s3)
+
+RECORDS = 120
+SHARDS = 3  # of about 20 MB, so that they are sent in parts
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3.running_server() as server:
+        server.client.create_bucket(Bucket="lab")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, server):
+    """A folder `data` with chat.json and images/, and the same below s3://lab/data."""
+    folder = tmp_path_factory.mktemp("s3") / "data"
+    (folder / "images" / "coco").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    names = []
+    for number in range(10):
+        buffer = io.BytesIO()
+        pixels = random.integers(0, 256, (800, 1000, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=75)
+        names.append(f"coco/photo {number} ü#.jpg")
+        (folder / "images" / names[-1]).write_bytes(buffer.getvalue())
+    (folder / "images" / "cut.jpg").write_bytes(buffer.getvalue()[:-100_000])
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise."}]
+    paths = [names[number % len(names)] for number in range(RECORDS)]
+    # found by its end, by its stem; damaged; nowhere
+    paths[3], paths[4], paths[5], paths[6] = (
+        "train/coco/photo 1 ü#.jpg",
+        "coco/photo 2 ü#.png",
+        "cut.jpg",
+        "no.jpg",
+    )
+    records = [{"id": number, "image": path, "conversations": turns} for number, path in enumerate(paths)]
+    (folder / "chat.json").write_text(json.dumps(records))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            key = f"data/{path.relative_to(folder)}"
+            server.client.put_object(Bucket="lab", Key=key, Body=path.read_bytes())
+    return folder
+
+
+def command(records, images, out, *more):
+    parts = [sys.executable, "-m", "shardify.cli", "pack", records, "--images", images, "--out", out]
+    return [str(part) for part in (*parts, "--shards", SHARDS, "--max-bad", "5", *more)]
+
+
+def environment(server, temporary, **more):
+    return {**os.environ, **server.environment, "TMPDIR": str(temporary), **more}
+
+
+def run(parts, env, **more):
+    return subprocess.run(parts, env=env, capture_output=True, text=True, timeout=300, check=False, **more)
+
+
+@pytest.fixture(scope="module")
+def expected(source, server, tmp_path_factory):
+    """What a local pack writes: name -> bytes."""
+    out = tmp_path_factory.mktemp("local") / "out"
+    done = run(command(source / "chat.json", source / "images", out, "--workers", 2), {**os.environ})
+    assert done.returncode == 0, done.stderr
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert len(files) == 2 * SHARDS + 3
+    assert all(len(content) > 16 * 2**20 for name, content in files.items() if name.endswith(".tar"))
+    assert len(files["quarantine.jsonl"].splitlines()) == 2
+    return files
+
+
+@pytest.fixture
+def temporary(tmp_path):
+    """The folder for temporary files of the commands."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    return folder
+
+
+def remote(out, *more):
+    return command("s3://lab/data/chat.json", "s3://lab/data/images", out, *more)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_of_it_in_s3_gives_the_bytes_of_a_local_pack(server, expected, temporary, workers):
+    out = f"s3://lab/out{workers}/set/"
+    done = run(remote(out, "--workers", workers), environment(server, temporary))
+    assert done.returncode == 0, done.stderr
+    assert server.objects("lab", f"out{workers}/set/") == expected
+    assert server.uploads("lab") == []
+    assert os.listdir(temporary) == []
+    again = run(remote(out), environment(server, temporary))
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
+    assert os.listdir(temporary) == []
+    other = run(remote(out, "--seed", 1), environment(server, temporary))
+    assert other.returncode == 2
+    assert "seed was 0, is now 1" in other.stderr
+    assert server.objects("lab", f"out{workers}/set/") == expected
+
+
+def test_images_in_s3_and_output_here(server, expected, temporary, tmp_path):
+    done = run(remote(tmp_path / "out", "--workers", 1), environment(server, temporary))
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+
+
+def kill_group(process):
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_again_and_again_and_continued(server, expected, temporary):
+    """At each kill all that can be seen is complete, and in the end nothing else is left."""
+    out, prefix = "s3://lab/killed", "killed/"
+    env = environment(server, temporary)
+
+    def sidecars():
+        return sum(name.endswith(".parquet") for name in server.keys("lab", prefix))
+
+    moments = [
+        lambda: server.uploads("lab"),  # within the first shard
+        lambda: sidecars() >= 1,
+        lambda: sidecars() >= 2 and server.uploads("lab"),
+        lambda: sidecars() >= SHARDS,
+    ]
+    killed_inside = 0
+    for moment in moments:
+        process = subprocess.Popen(
+            remote(out, "--workers", 2),
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while not moment() and process.poll() is None:
+            time.sleep(0.005)
+        kill_group(process)
+        seen = server.objects("lab", prefix)
+        plan = seen.pop(".packing/plan.json", None)
+        assert seen == {name: expected[name] for name in seen}
+        killed_inside += plan is not None
+    assert killed_inside >= 3
+    done = run(remote(out, "--workers", 2), env)
+    assert done.returncode == 0, done.stderr
+    assert server.objects("lab", prefix) == expected
+    assert server.uploads("lab") == []
+    assert os.listdir(temporary) == []
+
+
+def test_other_settings_are_refused_while_it_is_unfinished(server, expected, temporary):
+    out = "s3://lab/begun"
+    with s3.faulty_proxy(server) as proxy:
+        proxy.fault = lambda method, path: 500 if method == "POST" and "uploadId" in path else 0
+        failed = run(remote(out), environment(proxy.server, temporary))
+    assert failed.returncode == 1
+    assert server.keys("lab", "begun/") == [".packing/plan.json"]
+    other = run(remote(out, "--seed", 1), environment(server, temporary))
+    assert other.returncode == 2
+    assert "seed was 0, is now 1" in other.stderr
+    assert server.keys("lab", "begun/") == [".packing/plan.json"]
+
+
+@pytest.mark.parametrize("fault", [500, s3.CUT])
+def test_an_upload_that_fails_half_way(server, expected, temporary, fault):
+    """Nothing of it stands under a final name, no part is left behind, the message is one line, and a later run continues."""
+    out, prefix = f"s3://lab/fails{fault}", f"fails{fault}/"
+    with s3.faulty_proxy(server) as proxy:
+        proxy.fault = lambda _method, path: fault if "/002.tar" in path and "partNumber=2" in path else 0
+        failed = run(remote(out, "--workers", 1), environment(proxy.server, temporary))
+    assert failed.returncode == 1
+    message = failed.stderr.strip().splitlines()[-1]
+    assert f"{out}/002.tar" in message
+    assert "the same command again continues" in message
+    assert "Traceback" not in failed.stderr
+    assert "never-to-be-shown" not in failed.stderr
+    seen = server.objects("lab", prefix)
+    assert "002.tar" not in seen
+    assert "manifest.json" not in seen
+    assert seen == {
+        **{name: expected[name] for name in seen if "/" not in name},
+        ".packing/plan.json": seen[".packing/plan.json"],
+    }
+    assert len(seen) > 3
+    assert server.uploads("lab") == []
+    assert os.listdir(temporary) == []
+    done = run(remote(out, "--workers", 2), environment(server, temporary))
+    assert done.returncode == 0, done.stderr
+    assert f"of {SHARDS} shards are finished already" in done.stderr
+    assert server.objects("lab", prefix) == expected
+
+
+def test_an_outage_of_the_images_costs_no_record(server, expected, temporary):
+    out = "s3://lab/outage"
+    with s3.faulty_proxy(server) as proxy:
+        proxy.fault = lambda method, path: 503 if method == "GET" and "photo%207" in path else 0
+        failed = run(remote(out), environment(proxy.server, temporary))
+    assert failed.returncode == 1
+    assert "images/coco/photo 7" in failed.stderr
+    assert "503" in failed.stderr
+    assert "manifest.json" not in server.keys("lab", "outage/")
+    assert run(remote(out), environment(server, temporary)).returncode == 0
+    assert server.objects("lab", "outage/") == expected
+
+
+def test_an_image_that_has_gone_since_it_was_listed(server, expected, temporary):
+    with s3.faulty_proxy(server) as proxy:
+        proxy.body = b"<Error><Code>NoSuchKey</Code></Error>"
+        proxy.fault = lambda method, path: 404 if method == "GET" and "photo%207" in path else 0
+        failed = run(remote("s3://lab/gone"), environment(proxy.server, temporary))
+    assert failed.returncode == 1
+    assert "photo 7 ü#.jpg: has gone since it was listed" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("records", "images", "out", "message"),
+    [
+        (
+            "s3://none-such/chat.json",
+            "s3://lab/data/images",
+            "s3://lab/x",
+            "s3://none-such/chat.json: there is no such bucket",
+        ),
+        ("s3://lab/none.json", "s3://lab/data/images", "s3://lab/x", "s3://lab/none.json: no such object"),
+        (
+            "s3://lab/data/chat.json",
+            "s3://none-such/images",
+            "s3://lab/x",
+            "s3://none-such/images: there is no such bucket",
+        ),
+        (
+            "s3://lab/data/chat.json",
+            "s3://lab/data/imags",
+            "s3://lab/x",
+            "s3://lab/data/imags: no images there",
+        ),
+        (
+            "s3://lab/data/chat.json",
+            "s3://lab/data/images",
+            "s3://none-such/x",
+            "s3://none-such/x.*: there is no such bucket",
+        ),
+        ("s3://lab/data/chat.json", "s3://lab/data/images", "https://lab/x", "can be read, not written"),
+        ("s3://lab/data/chat.json", "s3://lab/data/images", "s3://lab/data", "not empty .chat.json"),
+    ],
+)
+def test_wrong_places(source, server, temporary, records, images, out, message):
+    failed = run(command(records, images, out), environment(server, temporary))
+    assert failed.returncode in (1, 2)
+    assert "Traceback" not in failed.stderr
+
+    assert re.search(message, failed.stderr), failed.stderr
+    assert server.keys("lab", "x/") == []
+    assert os.listdir(temporary) == []
+
+
+def test_wrong_credentials(source, server, temporary):
+    with s3.faulty_proxy(server) as proxy:
+        proxy.body = (
+            b"<Error><Code>SignatureDoesNotMatch</Code><StringToSign>never-to-be-shown</StringToSign></Error>"
+        )
+        proxy.fault = lambda _method, _path: 403
+        failed = run(remote("s3://lab/denied"), environment(proxy.server, temporary))
+    assert failed.returncode == 1
+    assert "access is denied (403 SignatureDoesNotMatch); check the credentials" in failed.stderr
+    assert "never-to-be-shown" not in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_the_server_dies_while_packing(source, expected, tmp_path, temporary):
+    """With it goes all that it held, so only the end of the run can be judged: soon, and with one clear line."""
+    with s3.running_server() as mortal:
+        mortal.client.create_bucket(Bucket="lab")
+        process = subprocess.Popen(
+            command(source / "chat.json", source / "images", "s3://lab/out", "--workers", "2"),
+            env=environment(mortal, temporary),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not mortal.uploads("lab") and process.poll() is None:
+            time.sleep(0.005)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "cannot be reached" in told
+    assert "Traceback" not in told
+    assert os.listdir(temporary) == []
