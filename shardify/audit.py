@@ -79,7 +79,7 @@ NOTES: Mapping[str, str] = {
 }
 """What is kept and counted. A record may have several notes, each counted once."""
 
-KEEPABLE = frozenset({"image-truncated"})
+KEEPABLE = frozenset({"image-truncated", "image-undecodable"})
 """Reasons that ``--policy CODE=keep`` may overrule: there is a sample to keep."""
 
 KEEP, SET_ASIDE, FAIL = "keep", "set-aside", "fail"

@@ -122,12 +122,15 @@ def pack_dataset(options: PackOptions) -> None:
     output = open_output(os.fspath(options.out))
     lines = ["is complete: nothing to do"]
     try:
+        base = _base(output) if options.append else None
         with ExitStack() as claim:
             if any(needs_spool(spec) for spec in specs):
                 claim.enter_context(output.claimed())
                 opened = _open(options, specs, output.spool())
             else:
                 opened = _open(options, specs, "")
+            if base:
+                opened = _apart(opened, base)
             promise = Promise(_settings(options, cut, opened), _sources(opened))
             if not _is_done(options, output, promise) or output.has_work():
                 if not any(needs_spool(spec) for spec in specs):
@@ -229,10 +232,12 @@ def _settings(options: PackOptions, cut: Cut, opened: _Opened) -> dict[str, Any]
         settings["shortest_edge"] = options.shortest_edge
         settings["quality"] = options.quality
         settings["resized_by"] = f"pillow {PIL.__version__}"
-    chosen = make_policies(options.policies).chosen
+    # to fail is no matter of the bytes
+    chosen = {
+        code: action for code, action in make_policies(options.policies).chosen.items() if action != FAIL
+    }
     if chosen:
-        # to fail is no matter of the bytes
-        settings["policies"] = {code: action for code, action in sorted(chosen.items()) if action != FAIL}
+        settings["policies"] = chosen
     if any(spec.prefixes for spec in opened.specs):
         settings["prefixes"] = [[list(pair) for pair in spec.prefixes] for spec in opened.specs]
     if any(spec.captions for spec in opened.specs):
@@ -278,6 +283,30 @@ def _base(output: Output) -> Manifest:
     return base
 
 
+def _apart(opened: _Opened, base: Manifest) -> _Opened:
+    """Sources that are called as another one of the set already get their folder's name before theirs."""
+    taken = {source.name: source.fingerprint for source in base.all_sources if source.kind == "records"}
+    files = []
+    for spec, file in zip(opened.specs, opened.files, strict=True):
+        name = file.name
+        folder = os.path.dirname(os.path.abspath(spec.path)) if "://" not in spec.path else ""
+        while taken.get(name, file.fingerprint) != file.fingerprint and os.path.basename(folder):
+            name = f"{os.path.basename(folder)}/{name}"
+            folder = os.path.dirname(folder)
+        files.append(replace(file, name=name))
+    return replace(opened, files=files)
+
+
+def _refuse_repeated(base: Manifest, promise: Promise) -> None:
+    """Refuse to append what is in the set already."""
+    there = {source.fingerprint: source.name for source in base.all_sources if source.kind == "records"}
+    for source in promise.sources:
+        if source.kind == "records" and source.fingerprint in there:
+            raise UsageError(
+                f"{source.name}: its records are in the data set already, as {there[source.fingerprint]}; every one would be packed twice"
+            )
+
+
 def _survey(opened: _Opened) -> tuple[Survey, Resolver]:
     total = sum(len(file.offsets) for file in opened.files)
     if not total:
@@ -295,6 +324,7 @@ def _pack(options: PackOptions, cut: Cut, opened: _Opened, output: Output, promi
     """Pack what is not packed yet; returns the summary."""
     base = _base(output) if options.append else None
     if base:
+        _refuse_repeated(base, promise)
         promise = Promise({**promise.settings, _APPENDED_TO: base.index_xxh3_128}, promise.sources)
     beside = frozenset(_files_of(base)) if base else frozenset()
     check_promise(output, promise, beside=beside)

@@ -94,7 +94,9 @@ def scatter_images(
         images = _wanted(context, survey, rows, stores)
         with Progress("reading images in order", total=len(rows), unit="images") as progress:
             for wanted, data in read_ahead(read, images, size=lambda item: item.location.size):
-                for row in wanted.rows if data and len(data) == wanted.location.size else ():
+                whole = data is not None and len(data) == wanted.location.size
+                for row in wanted.rows if whole else ():
+                    assert data is not None
                     _write(file, data, int(places[row]))
                     survey.images[row] = (places[row], len(data), len(data), 0, SPOOLED, store, 0, survey.images[row]["how"])  # fmt: skip
                 progress.advance(len(wanted.rows), len(data or b"") * len(wanted.rows))

@@ -1,0 +1,330 @@
+"""What `shardify pack` can be asked beyond the plain case: policies, checks, compression, appending, reading in order, smaller pictures."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shardify import run as run_module
+from shardify.convert import PackOptions, pack_dataset
+from shardify.errors import PackError, UsageError
+from shardify.format.index import read_index
+from shardify.format.manifest import read_manifest
+from shardify.format.shards import open_shards
+from shardify.format.sidecar import read_sidecar
+from shardify.verify import verify_shards
+
+
+def jpeg(seed, size=(40, 30), format_="JPEG", **options):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format_, **options)
+    return buffer.getvalue()
+
+
+def record(number, image=None, answer="A bus.", **fields):
+    turns = [
+        {"from": "human", "value": "<image>\nWhat?" if image else "What?"},
+        {"from": "gpt", "value": answer},
+    ]
+    return {"id": f"r{number}", **({"image": image} if image else {}), "conversations": turns, **fields}
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(30):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(jpeg(number))
+    write(tmp_path / "chat.json", [record(n, f"{n}.jpg") for n in range(30)])
+    return tmp_path
+
+
+def write(path, records):
+    path.write_text(json.dumps(records))
+    return path
+
+
+def pack(source, **changes):
+    given = {
+        "records": [source / "chat.json"],
+        "images": [source / "images"],
+        "out": source / "out",
+        "shards": 3,
+    }
+    pack_dataset(PackOptions(**{**given, "workers": 1, **changes}))
+    return read_manifest(Path(changes.get("out", source / "out")) / "manifest.json")
+
+
+def tree(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
+
+
+def quarantine(folder):
+    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_a_note_can_be_set_aside_or_end_the_run(source):
+    write(source / "chat.json", [record(n, f"{n}.jpg", "" if n % 10 == 3 else "A bus.") for n in range(30)])
+    kept = pack(source)
+    assert (kept.counts.packed, kept.counts.notes) == (30, {"answer-empty": 3})
+    away = pack(source, policies=["answer-empty=set-aside"], max_bad="3", out=source / "away")
+    assert away.counts.set_aside == {"answer-empty": 3}
+    assert away.settings["policies"] == {"answer-empty": "set-aside"}
+    assert [line["record"] for line in quarantine(source / "away")] == [3, 13, 23]
+    with pytest.raises(
+        PackError, match=r"record 3 of chat\.json \(id \"r3\"\): answer-empty.*--policy answer-empty=fail"
+    ):
+        pack(source, policies=["answer-empty=fail"], out=source / "fail", shuffle=False)
+    # to fail or not is no matter of the bytes: what was begun can be continued the other way
+    assert pack(source, out=source / "fail", shuffle=False).counts.packed == 30
+
+
+def test_only_one_reason_can_fail(source):
+    write(
+        source / "chat.json",
+        [*(record(n, f"{n}.jpg") for n in range(30)), record(30, "none.jpg"), {"id": 31}],
+    )
+    assert pack(source, max_bad="2").counts.set_aside == {"image-missing": 1, "no-conversations": 1}
+    with pytest.raises(PackError, match=r"record 31 .*no-conversations"):
+        pack(source, max_bad="2", policies=["no-conversations=fail"], out=source / "out2")
+    assert not (source / "out2").exists()
+
+
+def test_a_truncated_image_can_be_kept(source):
+    whole = (source / "images" / "4.jpg").read_bytes()
+    (source / "images" / "4.jpg").write_bytes(whole[: len(whole) // 2])
+    assert pack(source, max_bad="1").counts.set_aside == {"image-truncated": 1}
+    kept = pack(source, policies=["image-truncated=keep"], out=source / "kept")
+    assert (kept.counts.packed, kept.counts.notes) == (30, {"image-truncated": 1})
+    assert verify_shards(str(source / "kept"), workers=1)
+
+
+def test_how_closely_images_are_looked_at(source):
+    broken = bytearray(jpeg(2, format_="PNG"))
+    broken[60:70] = bytes(10)  # both ends are there
+    (source / "images" / "5.jpg").write_bytes(broken)
+    cut = jpeg(6)
+    (source / "images" / "6.jpg").write_bytes(cut[:-40])
+    found = {
+        check: pack(source, check=check, max_bad="100%", out=source / check).counts.set_aside
+        for check in ("none", "header", "decode")
+    }
+    assert found["none"] == {}
+    assert found["header"] == {"image-truncated": 1}
+    assert found["decode"] == {"image-truncated": 1, "image-undecodable": 1}
+    assert read_manifest(source / "decode" / "manifest.json").settings["check"] == "decode"
+
+
+def test_compressed_shards_hold_the_same(source):
+    plain = pack(source)
+    packed = pack(source, compress="zstd", out=source / "zst")
+    assert [shard.tar for shard in packed.shards] == ["000.tar.zst", "001.tar.zst", "002.tar.zst"]
+    assert packed.counts == plain.counts
+    for shard in packed.shards:
+        tar = subprocess.run(
+            ["zstd", "-dc", source / "zst" / shard.tar], capture_output=True, check=True
+        ).stdout
+        assert tar == (source / "out" / shard.tar.removesuffix(".zst")).read_bytes()
+    assert verify_shards(str(source / "zst"), workers=1)
+    assert len(open_shards(str(source / "zst")).index) == 30
+    assert pack(source, compress="zstd", out=source / "zst2", workers=2)
+    assert tree(source / "zst") == tree(source / "zst2")
+
+
+def test_records_are_appended_as_new_shards(source):
+    first = pack(source)
+    before = tree(source / "out")
+    (source / "images" / "new.jpg").write_bytes(jpeg(99))
+    more = write(
+        source / "more.json", [record(100 + n, "new.jpg") for n in range(7)] + [record(1, "none.jpg")]
+    )
+    options = {"records": [more], "append": True, "shards": 2, "max_bad": "1"}
+    grown = pack(source, **options)
+    after = tree(source / "out")
+    assert {name: after[name] for name in before if name[0].isdigit()} == {
+        name: digest for name, digest in before.items() if name[0].isdigit()
+    }
+    assert [shard.tar for shard in grown.shards] == [f"{n:03d}.tar" for n in range(5)]
+    assert grown.shards[:3] == first.shards
+    assert (grown.counts.records_in, grown.counts.packed) == (38, 37)
+    assert grown.counts.set_aside == {"image-missing": 1}
+    assert [append.first_shard for append in grown.appends] == [3]
+    assert verify_shards(str(source / "out"), workers=1)
+    opened = open_shards(str(source / "out"))
+    assert len(opened.index) == 37
+    keys = [
+        key for n in range(5) for key in read_sidecar(source / "out" / f"{n:03d}.parquet")["key"].to_pylist()
+    ]
+    assert len(set(keys)) == 37
+    assert keys == sorted(keys)
+    assert int(keys[30]) >= 30
+    # the same again changes nothing, something else is added
+    stamps = {path.name: path.stat().st_mtime_ns for path in (source / "out").iterdir()}
+    pack(source, **options)
+    assert {path.name: path.stat().st_mtime_ns for path in (source / "out").iterdir()} == stamps
+    with pytest.raises(UsageError, match=r"more\.json: its records are in the data set already"):
+        pack(source, **{**options, "seed": 5})
+    (source / "b").mkdir()
+    other = write(
+        source / "b" / "more.json", [record(200 + n, "new.jpg") for n in range(5)] + [record(1, "none.jpg")]
+    )
+    again = pack(source, **{**options, "records": [other]})
+    assert (len(again.shards), again.counts.packed, len(again.appends)) == (7, 42, 2)
+    assert [line["source"] for line in quarantine(source / "out")] == ["more.json", "b/more.json"]
+    assert verify_shards(str(source / "out"), workers=1)
+
+
+def test_appending_needs_something_to_append_to(source):
+    with pytest.raises(UsageError, match="no finished data set to append to"):
+        pack(source, append=True)
+    assert not (source / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "stop", ["index.npy", "quarantine.jsonl", "003.tar", "004.parquet", ".packing/plan.json", "manifest.json"]
+)
+def test_an_append_that_ended_anywhere_is_continued(source, monkeypatch, stop):
+    from shardify.outputs.local import LocalDraft
+
+    pack(source)
+    more = write(source / "more.json", [record(100 + n, f"{n}.jpg") for n in range(7)] + [{"id": 7}])
+    options = {"records": [more], "append": True, "shards": 2, "max_bad": "1"}
+    subprocess.run(["cp", "-r", source / "out", source / "whole"], check=True)
+    pack(source, **options, out=source / "whole")
+    real = LocalDraft.commit
+    for after in (False, True):
+
+        def commit(draft, after=after):
+            if draft._target.endswith("/" + stop):
+                if after:
+                    real(draft)
+                raise KeyboardInterrupt
+            real(draft)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalDraft, "commit", commit)
+            with pytest.raises(KeyboardInterrupt):
+                pack(source, **options)
+    pack(source, **options)
+    assert tree(source / "out") == tree(source / "whole")
+
+
+@pytest.mark.parametrize("place", ["folder", "zip"])
+def test_reading_in_order_gives_the_same_shards(source, place):
+    images = source / "images"
+    (images / "9.jpg").write_bytes(b"no picture")
+    shared = [record(n, f"{n % 25}.jpg") for n in range(30)]
+    lists = [
+        record(30, ["3.jpg", "3.jpg", "4.jpg"]),
+        record(31),
+        record(32, "none.jpg"),
+        record(33, "./5.jpg"),
+    ]
+    write(source / "chat.json", shared + lists)
+    if place == "zip":
+        with zipfile.ZipFile(source / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(images.iterdir(), reverse=True):
+                archive.write(path, f"images/{path.name}")
+        images = source / "images.zip"
+    plain = pack(source, images=[images], max_bad="3")
+    assert plain.counts.set_aside == {"image-missing": 1, "image-unrecognised": 1}
+    pack(source, images=[images], max_bad="3", read_order=True, out=source / "ordered", workers=2)
+    assert tree(source / "out") == tree(source / "ordered")
+
+
+def test_a_run_in_order_is_continued(source, monkeypatch):
+    pack(source, out=source / "whole")
+    real = run_module.finished_shard
+    count = 0
+
+    def stop(*arguments, **named):
+        nonlocal count
+        count += 1
+        if count > 7:  # in the middle of it
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shardify.scatter.os.fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, read_order=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_finish", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, read_order=True)
+    os.unlink(source / "out" / "001.parquet")
+    pack(source, read_order=True)
+    assert tree(source / "out") == tree(source / "whole")
+
+
+def test_larger_pictures_are_made_smaller(source):
+    (source / "images" / "3.jpg").write_bytes(jpeg(3, (300, 200)))
+    (source / "images" / "4.jpg").write_bytes(jpeg(4, (90, 400), "PNG"))
+    small = pack(source, shortest_edge=64, quality=80)
+    assert small.counts.notes == {"image-extension-differs": 1, "image-shrunk": 2}
+    assert (small.settings["shortest_edge"], small.settings["quality"]) == (64, 80)
+    assert "pillow" in small.settings["resized_by"]
+    sizes = {}
+    for shard in small.shards:
+        table = read_sidecar(source / "out" / shard.sidecar)
+        for id_, (image,) in zip(table["id"].to_pylist(), table["images"].to_pylist(), strict=True):
+            sizes[json.loads(id_)] = image["format"], image["width"], image["height"]
+    assert sizes["r3"] == ("jpg", 96, 64)
+    assert sizes["r4"] == ("png", 64, 284)
+    assert sizes["r5"] == ("jpg", 40, 30)
+    assert verify_shards(str(source / "out"), workers=1)
+
+
+def test_paths_are_rewritten_by_prefix(source):
+    write(source / "chat.json", [record(n, f"coco/train2017/{n}.jpg") for n in range(30)])
+    manifest = pack(source, prefixes=[("coco/train2017/", "")])
+    assert (manifest.counts.packed, manifest.counts.notes) == (30, {"image-by-prefix": 30})
+    assert manifest.settings["prefixes"] == [[["coco/train2017/", ""]]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "x=keep"], "no code 'x'"),
+        (["--prefix", "a"], "OLD=NEW"),
+        (["--recipe", "llava-cc3m-595k"], "one or the other|needs --root"),
+        (["--caption", "blip"], "belong to --recipe"),
+        (["--shortest-edge", "0"], "shortest-edge"),
+        (["--check", "all"], "header"),
+        (["--engine", "slurm"], "local"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_message(source, arguments, message):
+    command = [
+        sys.executable,
+        "-m",
+        "shardify.cli",
+        "pack",
+        str(source / "chat.json"),
+        "--out",
+        str(source / "o"),
+    ]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    import re
+
+    assert re.search(message, done.stderr)
+
+
+def test_index_rows_of_appended_shards_follow(source):
+    pack(source)
+    more = write(source / "more.json", [record(100 + n, f"{n}.jpg") for n in range(7)])
+    manifest = pack(source, records=[more], append=True, shards=1)
+    index = read_index(source / "out" / "index.npy", samples=37)
+    assert index["shard"].tolist() == sorted(index["shard"].tolist())
+    assert (index["shard"] == 3).sum() == 7
+    assert manifest.settings["shards"] == 3
