@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from shardify._version import __version__
 from shardify.errors import ShardifyError, UsageError
+from shardify.recipes.commands import recipes
 
 _EXIT_INTERRUPTED = 128 + signal.SIGINT
 _EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -55,6 +56,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # "[...]" in a help text means itself
 )
+app.add_typer(recipes, name="recipes")
 
 
 class OnBad(StrEnum):
@@ -293,7 +295,7 @@ def _pair(text: str) -> tuple[str, str]:
 @app.command()
 def index(shards: ShardsArgument) -> None:
     """Index shards made by others, so that they can be loaded; shards that have their index are passed over."""
-    from shardify.format.shards import index_shards
+    from shardify.indexing import index_shards
 
     sidecars = index_shards(shards)
     print(f"{len(sidecars):,} shards are indexed: {sidecars[0]}{' ...' if len(sidecars) > 1 else ''}")

@@ -4,17 +4,14 @@ Each shard is checked by a process of its own, so that whatever damaged files do
 checked all the same. What holds between the files of a data set is checked afterwards, from the shards' reports.
 """
 
-import multiprocessing
 import os
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from itertools import groupby
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkProcess
 from typing import Any
 
 import msgspec
@@ -24,7 +21,6 @@ import pyarrow as pa
 import xxhash
 from tqdm import tqdm
 
-from shardify.engines.local import start_worker
 from shardify.errors import FormatError, ImageError, RecordError
 from shardify.format.hashing import hash_file
 from shardify.format.headers import BLOCK, parse_header
@@ -46,6 +42,7 @@ from shardify.format.sidecar import SetAside, ShardInfo, read_shard_info, read_s
 from shardify.format.tar import END_OF_ARCHIVE, member_header, padding, read_members
 from shardify.format.zstd import read_frame, read_seek_table
 from shardify.images.probe import probe
+from shardify.processes import Ended, each_in_process
 from shardify.progress import Progress
 from shardify.records import parse_record
 
@@ -114,7 +111,13 @@ def verify_shards(shards: Shards, *, workers: int | None = None) -> bool:
         tell(found)
     reports: dict[str, _Report] = {}
     with Progress("verifying", total=len(tasks), unit="shards") as progress:
-        for report in _check_all(tasks, workers or len(os.sched_getaffinity(0))):
+        results = each_in_process(_check, tasks, workers=workers or len(os.sched_getaffinity(0)))
+        for task, result in zip(tasks, results, strict=True):
+            if isinstance(result, Ended):
+                what = f"cannot be checked: its process was ended with status {result.status}"
+                report = _Report(task.path, [Fault(task.path, what)])
+            else:
+                report = result
             tell(report.faults[:MAX_LINES])
             if len(report.faults) > MAX_LINES:
                 tell([f"{report.path}: and {len(report.faults) - MAX_LINES} differences more"])
@@ -225,40 +228,7 @@ def _tasks(selection: Selection, *, lenient: bool) -> tuple[list[_Task], list[Fa
     return tasks, faults
 
 
-# --- one process per shard
-
-
-def _check_all(tasks: Sequence[_Task], workers: int) -> Iterator[_Report]:
-    """The reports in the order of the tasks."""
-    method = multiprocessing.get_context("fork")
-    waiting = deque(enumerate(tasks))
-    running: dict[Connection, tuple[int, ForkProcess]] = {}
-    done: dict[int, _Report] = {}
-    following = 0
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                number, task = waiting.popleft()
-                here, there = method.Pipe(duplex=False)
-                process = method.Process(target=_check_and_send, args=(there, task), daemon=True)
-                start_worker(process)
-                there.close()
-                running[here] = number, process
-            for connection in wait(list(running)):
-                assert isinstance(connection, Connection)
-                number, process = running.pop(connection)
-                done[number] = _receive(connection, process, tasks[number].path)
-            while following in done:
-                yield done.pop(following)
-                following += 1
-    finally:
-        for connection, (_, process) in running.items():
-            process.kill()
-            process.join()
-            connection.close()
-
-
-def _check_and_send(connection: Connection, task: _Task) -> None:
+def _check(task: _Task) -> _Report:
     report = _Report(task.path)
     try:
         _check_shard(task, report)
@@ -266,21 +236,6 @@ def _check_and_send(connection: Connection, task: _Task) -> None:
         report.add(f"cannot be read ({error.strerror or error})")
     except Exception as error:  # noqa: BLE001 - what damaged Parquet raises has no bounds
         report.add(f"cannot be checked any further ({type(error).__name__}: {error})")
-    connection.send(report)
-
-
-def _receive(connection: Connection, process: ForkProcess, path: str) -> _Report:
-    try:
-        report = connection.recv()
-    except (EOFError, ConnectionResetError):
-        process.join()
-        return _Report(
-            path, [Fault(path, f"cannot be checked: its process was ended with status {process.exitcode}")]
-        )
-    finally:
-        connection.close()
-    process.join()
-    assert isinstance(report, _Report)
     return report
 
 
@@ -593,6 +548,12 @@ def _check_index(task: _Task, report: _Report, table: pa.Table, info: ShardInfo)
 # --- what holds between the files
 
 
+def _runs(reports: Sequence[_Report]) -> int:
+    """How many stretches of shards there are that were written under one plan."""
+    plans = [report.info.plan for report in reports if report.info is not None]
+    return sum(plan != before for plan, before in zip(plans, [None, *plans], strict=False))
+
+
 def _check_set(selection: Selection, manifest: Manifest, reports: Sequence[_Report]) -> list[Fault]:
     path = os.path.join(selection.folder, MANIFEST)
     counts = manifest.counts
@@ -613,7 +574,7 @@ def _check_set(selection: Selection, manifest: Manifest, reports: Sequence[_Repo
     faults += _check_key_order(reports)
     faults += _check_strangers(selection, manifest)
     infos = [report.info for report in reports if report.info is not None]
-    if len({info.plan for info in infos}) > 1:
+    if _runs(reports) > 1 + len(manifest.appends):
         faults.append(Fault(path, "its sidecars were written by different runs of `shardify pack`"))
     if len(infos) == len(manifest.shards):
         items = [item for info in infos for item in info.set_aside]

@@ -14,8 +14,7 @@ import math
 import os
 import re
 import sys
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, TypeAlias
@@ -26,6 +25,7 @@ import xxhash
 from braceexpand import braceexpand
 
 from shardify.errors import FormatError, UsageError
+from shardify.format.files import replacing
 from shardify.format.hashing import hash_file
 from shardify.format.index import COLUMNS, index_rows, read_index
 from shardify.format.manifest import Manifest, read_manifest
@@ -144,7 +144,9 @@ def open_shards(shards: Shards, *, say: Callable[[str], None] = _to_stderr) -> S
         if selection.manifest is None
         for path in selection.paths
     }
-    sidecars = _sidecars(foreign, say=say, limit=MAX_BUILT_BYTES)
+    sidecars = _sidecars(
+        foreign, say=say, limit=MAX_BUILT_BYTES, build=lambda paths: map(build_sidecar, paths)
+    )
     files: list[ShardFile] = []
     parts: list[npt.NDArray[np.void]] = []
     for selection in selections:
@@ -162,25 +164,31 @@ def open_shards(shards: Shards, *, say: Callable[[str], None] = _to_stderr) -> S
     return ShardSet(tuple(files), parts[0] if len(parts) == 1 else np.concatenate(parts), starts)
 
 
-def index_shards(shards: Shards, *, say: Callable[[str], None] = _to_stderr) -> list[str]:
-    """Build the sidecars that shards made by others still lack, however large they are.
+def find_sidecars(
+    selections: Sequence[Selection],
+    *,
+    say: Callable[[str], None],
+    build: Callable[[Sequence[str]], Iterable[str]],
+) -> dict[str, str]:
+    """Shard -> sidecar of all selected shards; those that shards made by others lack are built by `build`, however large they are.
 
-    Returns:
-        The sidecars of all these shards, those that were there already too.
+    Args:
+        selections: of `select_shards`.
+        say: told, in one line, what is about to be built.
+        build: given shards of one folder, yields their sidecars in order (see `build_sidecar`).
 
     Raises:
-        UsageError, FormatError: as `open_shards`, and when a shard is no tar.
+        FormatError: shards are missing, or their sidecars belong to others.
     """
-    selections = select_shards(shards)
     sizes = _sizes(selections)
-    sidecars: list[str] = []
+    sidecars: dict[str, str] = {}
     for selection in selections:
         if selection.manifest is None:
-            sidecars += _sidecars(
-                {path: sizes[path] for path in selection.paths}, say=say, limit=None
-            ).values()
+            foreign = {path: sizes[path] for path in selection.paths}
+            sidecars |= _sidecars(foreign, say=say, limit=None, build=build)
         else:
-            sidecars += [os.path.join(selection.folder, sidecar_name(name)) for name in selection.names]
+            for path in selection.paths:
+                sidecars[path] = _beside(path)
     return sidecars
 
 
@@ -380,8 +388,18 @@ def _open_foreign(path: str, sidecar: str, *, number: int) -> tuple[ShardFile, n
     return ShardFile(path, sidecar, len(rows), info.bytes, info.xxh3_128), rows
 
 
-def _sidecars(tars: Mapping[str, int], *, say: Callable[[str], None], limit: int | None) -> dict[str, str]:
-    """Tar -> sidecar for tars made by others (path -> bytes); what is missing is built when it is within `limit` bytes."""
+def _sidecars(
+    tars: Mapping[str, int],
+    *,
+    say: Callable[[str], None],
+    limit: int | None,
+    build: Callable[[Sequence[str]], Iterable[str]],
+) -> dict[str, str]:
+    """Shard -> sidecar for shards made by others (path -> bytes); what is missing is built when it is within `limit` bytes."""
+    beside: dict[str, str] = {}
+    for path in tars:
+        if (other := beside.setdefault(_beside(path), path)) != path:
+            raise FormatError(f"{path}: would share its index with {other}; give one of them another name")
     found = {path: _current_sidecar(path, size) for path, size in tars.items()}
     missing = [path for path, sidecar in found.items() if sidecar is None]
     total = sum(tars[path] for path in missing)
@@ -395,9 +413,14 @@ def _sidecars(tars: Mapping[str, int], *, say: Callable[[str], None], limit: int
         )
     for folder, group in groupby(missing, key=os.path.dirname):
         with _locked(folder or "."):
+            todo = []
             for path in group:
                 # another process may have built it while this one waited for the lock
-                found[path] = _current_sidecar(path, tars[path]) or _build_sidecar(path)
+                found[path] = _current_sidecar(path, tars[path])
+                if found[path] is None:
+                    todo.append(path)
+            if todo:
+                found.update(zip(todo, build(todo), strict=True))
     return {path: sidecar for path, sidecar in found.items() if sidecar is not None}
 
 
@@ -433,7 +456,15 @@ def _current_sidecar(path: str, size: int) -> str | None:
     return sidecar
 
 
-def _build_sidecar(path: str) -> str:
+def build_sidecar(path: str) -> str:
+    """Index a shard made by others; the sidecar goes beside it, or into the user's cache folder when it cannot.
+
+    Returns:
+        The sidecar's path.
+
+    Raises:
+        FormatError: it is no shard (see `scan_shard`), or there is no place for its sidecar.
+    """
     from shardify.format.scan import scan_shard
 
     scanned = scan_shard(path, name=os.path.basename(path))
@@ -445,16 +476,12 @@ def _build_sidecar(path: str) -> str:
     )
     try:
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-        try:
+        with replacing(target) as temporary:
             scanned.rows.write(temporary, scanned.spans, scanned.info)
-            os.replace(temporary, target)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-    except OSError as error:
+    except (OSError, FormatError) as error:
+        what = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{target}: ")
         raise FormatError(
-            f"{target}: the index of {path} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a writable folder"
+            f"{target}: the index of {path}: {what}; set XDG_CACHE_HOME to a writable folder"
         ) from None
     return target
 

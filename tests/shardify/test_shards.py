@@ -19,9 +19,10 @@ from shardify.format import shards as shards_module
 from shardify.format.hashing import hash_file
 from shardify.format.index import INDEX_DTYPE, index_rows, write_index
 from shardify.format.manifest import Counts, Manifest, Shard, encode_manifest
-from shardify.format.shards import index_shards, open_shards, select_shards
+from shardify.format.shards import open_shards, select_shards
 from shardify.format.sidecar import SampleRow, ShardInfo, read_sidecar, write_sidecar
 from shardify.format.tar import ShardWriter, read_members
+from shardify.indexing import index_shards
 
 RECORD = b'{"conversations":[{"from":"human","value":"one two"}]}'
 
@@ -377,7 +378,7 @@ def test_a_waiting_process_does_not_build_again(tmp_path, cache):
         time.sleep(0.2)
         assert process.poll() is None
         assert not (tmp_path / "a.parquet").exists()
-        shards_module._build_sidecar(str(tmp_path / "a.tar"))
+        shards_module.build_sidecar(str(tmp_path / "a.tar"))
         inode = (tmp_path / "a.parquet").stat().st_ino
     out, _ = process.communicate(timeout=60)
     assert int(out) == inode

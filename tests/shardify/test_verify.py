@@ -24,8 +24,8 @@ from shardify.errors import FormatError, UsageError
 from shardify.format.hashing import hash_file
 from shardify.format.index import index_rows, write_index
 from shardify.format.manifest import encode_manifest, read_manifest
-from shardify.format.shards import index_shards
 from shardify.format.sidecar import ImageInfo, Member, SampleRow, read_shard_info, read_sidecar, write_sidecar
+from shardify.indexing import index_shards
 from shardify.verify import verify_shards
 
 SHARDS = 3
