@@ -233,7 +233,7 @@ class _Search:
         """Look for the files of a recipe that another one names."""
         name = include.recipe
         if is_file_name(name) and recipe.file:
-            name = os.path.join(os.path.dirname(recipe.file) or ".", name)
+            name = os.path.join(os.path.dirname(recipe.file) or ".", name.removeprefix("./"))
         if name in chain or len(chain) == _MAX_DEPTH:
             raise SourceError(f"recipe {recipe.name}: include: goes round: {' -> '.join((*chain, name))}")
         part = load_recipe(name)

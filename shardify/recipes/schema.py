@@ -23,11 +23,12 @@ import yaml
 from shardify.audit import NOTES, REASONS
 from shardify.errors import SourceError, UsageError
 
-MAX_RECIPE_BYTES = 1024 * 1024
+MAX_RECIPE_BYTES = 256 * 1024
 KINDS = ("auto", "llava", "parquet", "webdataset", "prompts")
 CAPTIONS = ("raw", "blip")
 
 _SUFFIXES = (".yaml", ".yml")
+_DEEPEST = 20  # collections in each other; a recipe has six
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -288,11 +289,7 @@ class _Loader(yaml.SafeLoader):
 
 def _parse(text: str, where: str) -> Any:
     try:
-        # an alias may repeat a large part a million times
-        for event in yaml.parse(text, _Loader):
-            if isinstance(event, yaml.AliasEvent):
-                line = f"line {event.start_mark.line + 1}: " if event.start_mark else ""
-                raise SourceError(f"{where}: {line}YAML aliases (*{event.anchor}) are not allowed")
+        _refuse_bombs(text, where)
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -300,6 +297,18 @@ def _parse(text: str, where: str) -> Any:
         raise SourceError(f"{where}: {line}not YAML: {getattr(error, 'problem', None) or error}") from None
     except (RecursionError, ValueError, TypeError) as error:
         raise SourceError(f"{where}: not YAML: {error}") from None
+
+
+def _refuse_bombs(text: str, where: str) -> None:
+    """An alias may repeat a large part a million times; deep nesting takes the parser quadratic time."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        line = f"line {event.start_mark.line + 1}: " if event.start_mark else ""
+        if isinstance(event, yaml.AliasEvent):
+            raise SourceError(f"{where}: {line}YAML aliases (*{event.anchor}) are not allowed")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise SourceError(f"{where}: {line}nested deeper than {_DEEPEST} collections; no recipe is")
 
 
 def _convert(value: Any, where: str) -> Recipe:
@@ -355,7 +364,7 @@ def _check(recipe: Recipe, where: str) -> None:
         for number, include in enumerate(includes):
             check_path(include.root, f"{where}: {key}[{number}].root", empty=True)
             check_path(include.below, f"{where}: {key}[{number}].below", empty=True)
-            check_path(include.recipe, f"{where}: {key}[{number}].recipe")
+            check_path(include.recipe.removeprefix("./"), f"{where}: {key}[{number}].recipe")
 
 
 def _check_records(entry: RecordEntry, where: str) -> None:

@@ -652,8 +652,9 @@ def test_llava_next_parquet(tree):
                 name, number, {**record, **({"image": path} if path else {})}, [data] if data else [], notes
             )
             tree.changed.add((name, number))
-    tree.notes.update(["id-repeated", "image-repeated"])
-    pack(tree, "llava-next-779k", whole=True)
+    tree.notes["id-repeated"] += 1
+    manifest = pack(tree, "llava-next-779k")
+    assert {"image-repeated", *manifest.counts.notes} == set(load_recipe("llava-next-779k").expect)
 
 
 def test_llava_next_raw_format(tree):
