@@ -229,6 +229,11 @@ def _survey_batch(
 
     if brought is not None:
         located, faults = brought.draw(counts), [""] * len(paths)
+        elsewhere = np.flatnonzero(located["offset"] < 0)  # these did not come along
+        found = resolver.locate([paths[number] for number in elsewhere.tolist()], source)
+        located[elsewhere] = found.rows
+        for number, code in zip(elsewhere.tolist(), found.codes, strict=True):
+            faults[number] = code
     else:
         found = resolver.locate(paths, source)
         located, faults = found.rows, found.codes
