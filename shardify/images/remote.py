@@ -1,4 +1,4 @@
-"""A prefix of an object store as a folder of images: listed once, read by one request an image."""
+"""Images in object stores: a prefix as a folder, listed once, and zip archives, whose directory is read once. One request reads an image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ import numpy.typing as npt
 from shardify.errors import PackError, SourceError
 from shardify.format import objects
 from shardify.format.bucket import WRITABLE, join_url, shown, split_url
+from shardify.format.child import in_child
+from shardify.images.archives import ArchiveStore
 from shardify.images.listing import Listing
 from shardify.images.stores import (
     LARGEST,
@@ -16,13 +18,19 @@ from shardify.images.stores import (
     MAX_IMAGE_BYTES,
     MISSING,
     PLAIN_FILE,
+    ImageStore,
     Location,
+    OpenFile,
     check_size,
     missing_rows,
 )
+from shardify.images.zips import ZipReader, read_zip
 
 _EXAMPLES = 3
 _SHOWN = 100  # characters of a name
+_ZIP = ".zip"
+_OTHER_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+_HEADER_ROOM = 512  # of a zip member's header: its name is seldom longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +109,93 @@ class RemoteStore:
         return rows
 
 
-def open_remote(url: str, mount: str = "") -> RemoteStore:
-    """Open a prefix of an object store.
+class ObjectFile(OpenFile):
+    """An object of `size` bytes as a file that is read by position, one request a read.
+
+    Args:
+        path: its URL.
+        size: in bytes.
+    """
+
+    __slots__ = ("size",)
+
+    def __init__(self, path: str, size: int) -> None:
+        super().__init__(path)
+        self.size = size
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:  # type: ignore[override]  # it takes two
+        return type(self), (self.path, self.size)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """See `OpenFile`."""
+        return objects.get_range(self.path, offset, max(0, min(size, self.size - offset)))
+
+
+class _Window(OpenFile):
+    """A file of which a part is read at once, when it is first needed."""
+
+    __slots__ = ("_begin", "_block", "_file", "_size")
+
+    def __init__(self, file: OpenFile, begin: int, size: int) -> None:
+        super().__init__(file.path)
+        self._file, self._begin, self._size = file, begin, size
+        self._block: bytes | None = None
+
+    def read(self, size: int, offset: int) -> bytes:
+        """See `OpenFile`."""
+        if self._block is None:
+            self._block = self._file.read(self._size, self._begin)
+        at = offset - self._begin
+        if at >= 0 and at + size <= len(self._block):
+            return self._block[at : at + size]
+        return self._file.read(size, offset)
+
+
+class RemoteZipReader(ZipReader):
+    """Reads members of a zip archive in an object store, header and data together.
+
+    Args:
+        file: the archive.
+    """
+
+    def __init__(self, file: OpenFile) -> None:
+        super().__init__(file.path)
+        self.file = file
+
+    def read(self, name: str, location: Location) -> bytes:
+        """See `ImageReader`."""
+        member = ZipReader(self.file.path)
+        member.file = _Window(self.file, location.offset, _HEADER_ROOM + location.stored)
+        return member.read(name, location)
+
+
+def open_remote(url: str, mount: str = "") -> ImageStore:
+    """Open a prefix of an object store, or a zip archive in one.
 
     Raises:
         UsageError: no such URL.
-        SourceError: nothing is there, it cannot be reached or listed, or it is an archive.
+        SourceError: nothing is there, it cannot be reached or listed, or it is another archive.
     """
-    if split_url(url).scheme not in WRITABLE:
-        raise SourceError(
-            f"{shown(url)}: images there cannot be listed; copy them to a folder or an object store, or give their archive as a file"
-        )
+    listable = split_url(url).scheme in WRITABLE
+    ending = url.lower().rstrip("/")
     try:
+        if ending.endswith((_ZIP, *_OTHER_ARCHIVES)) and (size := objects.size(url)) is not None:
+            if ending.endswith(_ZIP):
+                return in_child(_open_zip, url, mount, size)
+            raise SourceError(
+                f"{shown(url)}: of archives in object stores only zips can be read in place; copy this one to a disk, or unpack it into a prefix"
+            )
+        if not listable:
+            raise SourceError(
+                f"{shown(url)}: no zip archive there, and folders cannot be listed by https://; copy them to a disk or an object store"
+            )
         found = objects.list_objects(url)
     except PackError as error:
         raise SourceError(str(error)) from None
     if not len(found.ends):
         raise SourceError(f"{shown(url)}: no images there: nothing is stored below this prefix")
     return RemoteStore(url, mount, Listing(found.names, found.ends), found.sizes)
+
+
+def _open_zip(url: str, mount: str, size: int) -> ArchiveStore:
+    return read_zip(url, mount, RemoteZipReader(ObjectFile(url, size)), size)

@@ -125,9 +125,20 @@ def open_zip(path: str, mount: str = "") -> ArchiveStore:
     Raises:
         SourceError: it is none, a part of a split one, or damaged.
     """
-    reader = ZipReader(os.path.abspath(path))
     try:
         end = os.stat(path).st_size
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error})") from None
+    return read_zip(path, mount, ZipReader(os.path.abspath(path)), end)
+
+
+def read_zip(path: str, mount: str, reader: ZipReader, end: int) -> ArchiveStore:
+    """The store of a zip archive that is read by `reader` and ends at byte `end`; `path` is what the user gave.
+
+    Raises:
+        SourceError: as `open_zip`.
+    """
+    try:
         with reader.file as file:
             directory, shift = _read_directory(file, end)
         rows: list[npt.NDArray[np.void]] = []

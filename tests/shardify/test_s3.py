@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def source(tmp_path_factory, server):
         if path.is_file():
             key = f"data/{path.relative_to(folder)}"
             server.client.put_object(Bucket="lab", Key=key, Body=path.read_bytes())
+    for name in ("a.tar", "a.zip"):
+        server.client.put_object(Bucket="lab", Key=f"data/{name}", Body=b"none" * 1000)
     return folder
 
 
@@ -124,6 +127,25 @@ def test_images_in_s3_and_output_here(server, expected, temporary, tmp_path):
     done = run(remote(tmp_path / "out", "--workers", 1), environment(server, temporary))
     assert done.returncode == 0, done.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+
+
+@pytest.mark.parametrize("scheme", ["s3", "http"])
+def test_a_zip_in_s3_gives_the_bytes_of_the_same_zip_here(source, server, temporary, tmp_path, scheme):
+    here = tmp_path / "images.zip"
+    with zipfile.ZipFile(here, "w") as archive:
+        for number, path in enumerate(sorted((source / "images").rglob("*.jpg"))):
+            kind = zipfile.ZIP_DEFLATED if number % 2 else zipfile.ZIP_STORED
+            archive.write(path, path.relative_to(source), kind)
+        archive.writestr("images/" + "long" * 200 + ".jpg", path.read_bytes())
+    server.client.put_object(Bucket="lab", Key="zips/images.zip", Body=here.read_bytes(), ACL="public-read")
+    url = "s3://lab" if scheme == "s3" else f"{server.url}/lab"
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for images, out in zip((here, f"{url}/zips/images.zip"), outs, strict=True):
+        done = run(command(source / "chat.json", images, out), environment(server, temporary))
+        assert done.returncode == 0, done.stderr
+    one, two = ({path.name: path.read_bytes() for path in out.iterdir()} for out in outs)
+    assert one == two
+    assert len(one) == 2 * SHARDS + 3
 
 
 def kill_group(process):
@@ -250,6 +272,9 @@ def test_an_image_that_has_gone_since_it_was_listed(server, expected, temporary)
             "s3://lab/x",
             "s3://none-such/images: there is no such bucket",
         ),
+        ("s3://lab/data/chat.json", "s3://lab/x.zip", "s3://lab/x", "s3://lab/x.zip: no images there"),
+        ("s3://lab/data/chat.json", "s3://lab/data/a.tar", "s3://lab/x", "only zips can be read in place"),
+        ("s3://lab/data/chat.json", "s3://lab/data/a.zip", "s3://lab/x", "not a readable zip archive"),
         (
             "s3://lab/data/chat.json",
             "s3://lab/data/imags",
@@ -263,7 +288,7 @@ def test_an_image_that_has_gone_since_it_was_listed(server, expected, temporary)
             "s3://none-such/x.*: there is no such bucket",
         ),
         ("s3://lab/data/chat.json", "s3://lab/data/images", "https://lab/x", "can be read, not written"),
-        ("s3://lab/data/chat.json", "s3://lab/data/images", "s3://lab/data", "not empty .chat.json"),
+        ("s3://lab/data/chat.json", "s3://lab/data/images", "s3://lab/data", "not empty .a.tar, a.zip, chat.json"),
     ],
 )
 def test_wrong_places(source, server, temporary, records, images, out, message):
