@@ -4,6 +4,7 @@ Reads little: the record files are split, some thousand records are looked up in
 what a source of another form than JSON needs for being split, in a temporary folder.
 """
 
+import glob
 import os
 import tempfile
 from collections import Counter
@@ -18,8 +19,8 @@ from shardify.errors import RecordError, ShardifyError
 from shardify.images.resolve import Resolver
 from shardify.images.stores import ImageStore, open_store
 from shardify.prepare import prepare
+from shardify.recipes.embedded import ParquetTable, TarSamples
 from shardify.recipes.layout import Found, FoundImages, FoundRecords, find_recipe
-from shardify.recipes.parquet import ParquetTable
 from shardify.recipes.schema import Origin, Recipe
 from shardify.records import MAX_RECORD_BYTES, ImageRef, Sample
 from shardify.sources.llava import RecordFile, open_unchanged
@@ -209,6 +210,8 @@ def _open_stores(found: Found) -> tuple[list[ImageStore], list[ImagesSeen]]:
                 examples += [listing.name(number) for number in range(min(len(listing), _EXAMPLES))]
         except ShardifyError as error:
             fault = str(error)
+        except OSError as error:
+            fault = f"{error.filename or entry.tried[0]}: {error.strerror or error}"
         seen.append(_images_seen(found, entry, files, examples, fault))
     return stores, seen
 
@@ -244,7 +247,7 @@ def _see_records(entry: FoundRecords, resolver: Resolver, first_source: int, see
         with tempfile.TemporaryDirectory(prefix="shardify-check-") as spool:
             parts: list[_Part] = []
             for number, source in enumerate(entry.sources):
-                parts.append(_open_part(source, os.path.join(spool, str(number)), first_source + number))
+                parts += _open_parts(source, os.path.join(spool, str(number)), first_source + number)
             total = sum(part.records for part in parts)
             first = looks.look(parts, np.arange(min(total, LOOKED_AT)))
             random = looks.look(parts, _draw(total, seed))
@@ -277,14 +280,25 @@ class _Part:
     read: Callable[[Sequence[int]], Iterator[Sample | int | None]]
 
 
-def _open_part(spec: SourceSpec, spool: str, source: int) -> _Part:
-    if spec.kind == "parquet" or (spec.kind == "auto" and spec.path.endswith(".parquet")):
-        # its images would be written out again
-        table = ParquetTable(spec.path)
-        return _Part(table.records, source, table.images)
+def _open_parts(spec: SourceSpec, spool: str, source: int) -> list[_Part]:
+    # what has images inside is looked at where it is: else all of them would be written out again
+    for kind, ending, look in (("parquet", ".parquet", ParquetTable), ("webdataset", ".tar", TarSamples)):
+        paths = _files(spec.path, ending)
+        if spec.kind in (kind, "auto") and paths:
+            looks = [look(path) for path in paths]
+            return [_Part(one.records, source, one.images) for one in looks]
     os.makedirs(spool)
-    file = open_source(spec, spool=spool)
-    return _Part(len(file.offsets), source, lambda numbers: _read(file, numbers))
+    file = open_source(replace(spec, captions=None), spool=spool)
+    return [_Part(len(file.offsets), source, lambda numbers: _read(file, numbers))]
+
+
+def _files(path: str, ending: str) -> list[str]:
+    """The files of a folder with this ending, or the path itself where it has it."""
+    if not os.path.isdir(path):
+        return [path] if path.endswith(ending) else []
+    return sorted(
+        os.path.join(path, name) for name in glob.glob(f"**/*{ending}", root_dir=path, recursive=True)
+    )
 
 
 def _read(file: RecordFile, numbers: Sequence[int]) -> Iterator[Sample | int | None]:

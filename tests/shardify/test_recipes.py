@@ -4,9 +4,12 @@ import io
 import json
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given
@@ -484,6 +487,42 @@ def test_check_tells_what_is_damaged_and_goes_on(tmp_path):
     assert "the array is not closed" in out
     assert "gqa/images.zip: " in out
     assert "damaged" in out
+
+
+@pytest.mark.parametrize("of_struct", [True, False])
+def test_check_of_parquet_looks_at_the_rows_that_have_an_image(tmp_path, of_struct):
+    image = {"bytes": PICTURE, "path": None} if of_struct else PICTURE
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if of_struct else pa.binary()
+    turns = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
+    schema = pa.schema([("id", pa.string()), ("conversations", turns), ("image", kind)])
+    rows = [{**record(n), "image": image if n % 4 else None} for n in range(20)]
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        table = pa.Table.from_pylist(rows[part::2], schema)
+        pq.write_table(table, tmp_path / f"data/train-{part:05}-of-00002.parquet", row_group_size=3)
+    recipe = load_recipe(of_size("llava-next-779k", tmp_path, records=[20]))
+    report = check_recipe(recipe, tmp_path)
+    assert report.complete, report.faults
+    assert report.records[0].records == 20
+    assert (report.records[0].first.found, report.records[0].first.text_only) == (15, 5)
+    (tmp_path / "data/train-00001-of-00002.parquet").write_bytes(b"PAR1 cut off")
+    (fault,) = check_recipe(recipe, tmp_path).faults
+    assert "train-00001-of-00002.parquet: cannot be read as Parquet" in fault
+
+
+def test_check_of_tars_counts_samples_by_their_headers(tmp_path):
+    for part in range(2):
+        with tarfile.open(tmp_path / f"{part:05}.tar", "w") as tar:
+            for number in range(3):
+                for field in ("jpg", "json") if number else ("json",):
+                    info = tarfile.TarInfo(f"{part}{number}.{field}")
+                    info.size = len(PICTURE)
+                    tar.addfile(info, io.BytesIO(PICTURE))
+    entry = {"path": "*.tar", "kind": "webdataset", "count": 6}
+    recipe = load_recipe(write(tmp_path / "mine.yaml", records=[entry]))
+    report = check_recipe(recipe, tmp_path)
+    assert report.complete, report.faults
+    assert (report.records[0].first.found, report.records[0].first.text_only) == (4, 2)
 
 
 def test_check_tolerates_what_a_recipe_says_is_missing_but_not_a_whole_root(tmp_path):

@@ -1,5 +1,6 @@
-"""A quick look into Parquet with images inside: which rows have one, without reading any of them."""
+"""Quick looks into sources with images inside, Parquet and WebDataset tars: which records have one, without reading any of them."""
 
+import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shardify.errors import SourceError
+from shardify.format.names import IMAGE_FORMATS
 
 _COLUMNS = ("image", "images")
 _MOST_GROUPS = 20  # row groups read for one look; rows of others are passed over
@@ -70,6 +72,42 @@ class ParquetTable:
         except (OSError, pa.ArrowException) as error:
             raise SourceError(f"{self._path}: cannot be read as Parquet ({error})") from None
         return [_count(value) for value in column.to_pylist()]
+
+
+class TarSamples:
+    """A WebDataset tar of samples; only its headers are read.
+
+    Args:
+        path: where it is.
+
+    Raises:
+        SourceError: it is no tar, or damaged.
+    """
+
+    def __init__(self, path: str) -> None:
+        counts: dict[str, int] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    folder, slash, base = member.name.rpartition("/")
+                    name, dot, field = base.partition(".")
+                    if member.isreg() and name and dot:
+                        key = f"{folder}{slash}{name}"
+                        is_image = field.lower().rpartition(".")[2] in IMAGE_FORMATS
+                        counts[key] = counts.get(key, 0) + is_image
+                    tar.members = []  # type: ignore[attr-defined]  # a million of them would be kept
+        except (OSError, tarfile.TarError) as error:
+            raise SourceError(f"{path}: cannot be read as a tar ({error})") from None
+        self._counts = list(counts.values())
+
+    @property
+    def records(self) -> int:
+        """Samples."""
+        return len(self._counts)
+
+    def images(self, numbers: Sequence[int]) -> Iterator[int]:
+        """How many images samples of these numbers have."""
+        yield from (self._counts[number] for number in numbers)
 
 
 def _leaves(file: pq.ParquetFile, column: str) -> list[str]:
