@@ -68,4 +68,8 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
     except (UnicodeError, OverflowError, msgspec.MsgspecError):
         return json.dumps(record, separators=(",", ":")).encode()
     # msgspec writes null for NaN: of all that holds a null, the other writer knows
-    return data if b"null" not in data else json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
+    return (
+        data
+        if b"null" not in data
+        else json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
+    )
