@@ -70,6 +70,7 @@ NOTES: Mapping[str, str] = {
     "image-animated": "an image is an animation: its first frame counts",
     "image-elongated": "padded to a square, an image would have more pixels than any photograph",
     "image-tiny": "an image is 4 pixels or less wide or high",
+    "image-shrunk": "an image was made smaller, as --shortest-edge asks",
     "image-extension-differs": "an image is stored under its sniffed format, which its name's extension does not say",
     "record-tolerant": "the record is JSON only to a tolerant reader (NaN, a lone surrogate, a byte order mark)",
     "record-messages": "the record was OpenAI's `messages` and is stored in LLaVA's form",
