@@ -80,6 +80,14 @@ class Compression(StrEnum):
     ZSTD = "zstd"
 
 
+class IndexFormat(StrEnum):
+    """Whose index files are written."""
+
+    PARQUET = "parquet"
+    ENERGON = "energon"
+    DALI = "dali"
+
+
 class EngineName(StrEnum):
     """Which processes make the shards."""
 
@@ -293,21 +301,94 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 @app.command()
-def index(shards: ShardsArgument) -> None:
+def index(
+    shards: ShardsArgument,
+    format_: Annotated[
+        IndexFormat,
+        typer.Option("--format", help="sidecars alone, or the index of Energon or DALI as well"),
+    ] = IndexFormat.PARQUET,
+    workers: Workers = None,
+) -> None:
     """Index shards made by others, so that they can be loaded; shards that have their index are passed over."""
     from shardify.indexing import index_shards
 
-    sidecars = index_shards(shards)
-    print(f"{len(sidecars):,} shards are indexed: {sidecars[0]}{' ...' if len(sidecars) > 1 else ''}")
+    files = index_shards(shards, workers=workers, format=format_.value)
+    print(f"indexed: {files[0]}{f' and {len(files) - 1:,} more files' if len(files) > 1 else ''}")
 
 
 @app.command()
-def verify(
+def reshard(
+    *,
     shards: ShardsArgument,
-    workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="processes", show_default="cores")
+    out: Annotated[
+        str, typer.Option(metavar="DIR|URL", help="where the new shards go: a folder, s3://, gs:// or az://")
+    ],
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EXPR", help="only samples that this means, such as 'words > 500 and images == 1'"
+        ),
     ] = None,
+    max_samples: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="no more samples than this")
+    ] = None,
+    exclude: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="ids, URLs and image hashes (xxh3_64, sha256) that must not be taken, a line each",
+        ),
+    ] = None,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle/--no-shuffle", help="shuffle the samples, keyed by --seed")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="the shuffle's key")] = 0,
+    shard_size: ShardSize = None,
+    samples_per_shard: SamplesPerShard = None,
+    count: Annotated[int | None, typer.Option("--shards", min=1, metavar="N", help="how many shards")] = None,
+    multiple_of: MultipleOf = 1,
+    compress: Compress = None,
+    shortest_edge: ShortestEdge = None,
+    quality: Quality = 90,
+    max_bad: Annotated[
+        str, typer.Option(metavar="N|N%", help="stop when more samples than this cannot be copied")
+    ] = "1%",
+    engine: EngineOption = EngineName.LOCAL,
+    ray_address: RayAddress = None,
+    workers: Workers = None,
 ) -> None:
+    """Make a new data set of finished shards: other sizes, another order, several sets in one, a part of them.
+
+    The same command again continues where an interrupted run stopped.
+    """
+    from shardify.reshard import ReshardOptions, reshard_dataset
+
+    reshard_dataset(
+        ReshardOptions(
+            shards=shards,
+            out=out,
+            where=where,
+            max_samples=max_samples,
+            exclude=exclude,
+            shuffle=shuffle,
+            seed=seed,
+            shard_size=shard_size,
+            samples_per_shard=samples_per_shard,
+            shards_out=count,
+            multiple_of=multiple_of,
+            compress=compress.value if compress else None,
+            shortest_edge=shortest_edge,
+            quality=quality,
+            max_bad=max_bad,
+            engine=engine.value,
+            ray_address=ray_address,
+            workers=workers,
+        )
+    )
+
+
+@app.command()
+def verify(shards: ShardsArgument, workers: Workers = None) -> None:
     """Read everything again and name whatever differs; exit status 1 if anything does."""
     from shardify.verify import verify_shards
 
