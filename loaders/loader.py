@@ -29,6 +29,7 @@ from loaders.report import LoaderReport
 from loaders.slabs import SlabPool
 from loaders.state import State, check_state, make_state
 from shardify.errors import LoaderError, UsageError
+from shardify.format.samples import is_compressed
 from shardify.format.shards import ShardSet, open_shards
 
 _PLANNED_POSITIONS = 1 << 15  # evaluated at a time: large enough for numpy, small enough to begin at once
@@ -113,7 +114,7 @@ class StreamingLoader:
             global_batch_size = integer("batch_size", batch_size, least=1) * self.world_size
         elif batch_size is not None or global_batch_size is None:
             raise UsageError("batch_size (per rank) or global_batch_size is needed, and not both")
-        self._shards = open_shards(shards)
+        self._shards = _plain(open_shards(shards))
         self._image, self._text = image, text
         self._seed, self._shuffle = integer("seed", seed), shuffle
         self._block, self._window = integer("block", block), integer("window", window)
@@ -378,3 +379,11 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def _plain(shards: ShardSet) -> ShardSet:
+    if compressed := [shard.path for shard in shards.shards if is_compressed(shard.path)]:
+        raise UsageError(
+            f"{compressed[0]}: the loader reads plain tars only; `shardify reshard` writes such shards from compressed ones"
+        )
+    return shards

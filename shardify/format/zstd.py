@@ -30,6 +30,7 @@ MAX_FRAME_BYTES = 1024**3
 """Tar bytes that a frame may hold: the largest sample of a compressed shard, and what reading one may cost."""
 
 _LEVEL = 3
+_PIECE = 1024  # of a frame: what becomes of it is at most 32 MiB (blocks of 128 KiB from 4 bytes)
 _SKIPPABLE_MAGIC = 0x184D2A5E
 _SEEKABLE_MAGIC = 0x8F92EAB1
 _SKIPPABLE_HEADER = struct.Struct("<II")  # magic, bytes that follow
@@ -164,18 +165,33 @@ def decompress_frame(frame: bytes | memoryview, *, where: str, limit: int = MAX_
     Args:
         frame: from its magic number to its last byte.
         where: names it in errors.
-        limit: refuse content of more bytes.
+        limit: refuse content of more bytes; no more memory than that is used.
 
     Raises:
-        FormatError: it is damaged, more than one frame, or its content larger than `limit` or of unknown size.
+        FormatError: it is damaged, cut off, more than one frame, or its content larger than `limit`.
     """
     try:
         size = zstandard.get_frame_parameters(frame).content_size
         if size == zstandard.CONTENTSIZE_UNKNOWN:
-            raise FormatError(f"{where}: a zstd frame that does not say how large its content is")
+            return _decompress_by_pieces(frame, where=where, limit=limit)
         if size > limit:
             raise FormatError(f"{where}: a zstd frame of {size} bytes; at most {limit} are read")
         content: bytes = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise FormatError(f"{where}: not a zstd frame, or a damaged one ({error})") from None
     return content
+
+
+def _decompress_by_pieces(frame: bytes | memoryview, *, where: str, limit: int) -> bytes:
+    """Written by others, as a stream: how large it becomes shows only on the way."""
+    pieces: list[bytes] = []
+    done = 0
+    decompressor = zstandard.ZstdDecompressor().decompressobj()
+    for at in range(0, len(frame), _PIECE):
+        pieces.append(decompressor.decompress(frame[at : at + _PIECE]))
+        done += len(pieces[-1])
+        if done > limit:
+            raise FormatError(f"{where}: a zstd frame of more than {limit} bytes; no more are read")
+    if not decompressor.eof or decompressor.unused_data:
+        raise FormatError(f"{where}: not one whole zstd frame")
+    return b"".join(pieces)
