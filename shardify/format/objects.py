@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +83,7 @@ def sizes(url: str) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Objects:
-    """The n objects below a prefix, in the order of their names' bytes.
+    """The n objects below a prefix: those directly below it, then folder by folder, each in the order of their names.
 
     Attributes:
         names: relative to the prefix, in UTF-8, one after another.
@@ -272,30 +272,47 @@ def _sizes(url: str) -> dict[str, int]:
     return there
 
 
+class _Chunk(NamedTuple):
+    """Some objects: their names one after another, and lengths of names and sizes, int64 both."""
+
+    names: bytes
+    lengths: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+
 def _list_objects(url: str) -> Objects:
     with explained(url):
         store, prefix = open_bucket(url)
-        top = obstore.list_with_delimiter(store, prefix or None)
         skipped = len(prefix) + 1 if prefix else 0
 
-        def below(folder: str) -> list[tuple[bytes, int]]:
-            answers = obstore.list(store, folder, chunk_size=_LISTED)
-            return [_listed(meta, skipped) for answer in answers for meta in answer]
+        def below(folder: str) -> list[_Chunk]:
+            return [_chunk(answer, skipped) for answer in obstore.list(store, folder, chunk_size=_LISTED)]
 
-        found = [_listed(meta, skipped) for meta in top["objects"]]
-        with ThreadPoolExecutor(_LISTINGS) as pool:
-            for listed in pool.map(below, top["common_prefixes"]):
-                found += listed
-    found = sorted((name, size) for name, size in found if size or b"." in name.rpartition(b"/")[2])
+        first = next(iter(obstore.list(store, prefix or None, chunk_size=_LISTED)), ())
+        if any("/" in meta["path"][skipped:] for meta in first):
+            # answers come one after another, so that many folders are listed sooner side by side
+            top = obstore.list_with_delimiter(store, prefix or None)
+            chunks = [_chunk(top["objects"], skipped)]
+            with ThreadPoolExecutor(_LISTINGS) as pool:
+                for listed in pool.map(below, top["common_prefixes"]):
+                    chunks += listed
+        else:
+            chunks = [_chunk((), skipped), *below(prefix)]
     return Objects(
-        names=b"".join(name for name, _ in found),
-        ends=np.cumsum(np.fromiter((len(name) for name, _ in found), np.int64, len(found))),
-        sizes=np.fromiter((size for _, size in found), np.int64, len(found)),
+        names=b"".join(chunk.names for chunk in chunks),
+        ends=np.cumsum(np.concatenate([chunk.lengths for chunk in chunks])),
+        sizes=np.concatenate([chunk.sizes for chunk in chunks]),
     )
 
 
-def _listed(meta: Any, skipped: int) -> tuple[bytes, int]:
-    return meta["path"][skipped:].encode(), int(meta["size"])
+def _chunk(metas: Sequence[Any], skipped: int) -> _Chunk:
+    found = [(meta["path"][skipped:], int(meta["size"])) for meta in metas]
+    held = [(path.encode(), size) for path, size in found if size or "." in path.rpartition("/")[2]]
+    return _Chunk(
+        b"".join(name for name, _ in held),
+        np.fromiter((len(name) for name, _ in held), np.int64, len(held)),
+        np.fromiter((size for _, size in held), np.int64, len(held)),
+    )
 
 
 def _put(url: str, content: bytes, create_only: bool) -> bool:
