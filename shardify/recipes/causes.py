@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from shardify.recipes.check import ImagesSeen, RecordsSeen, shorten
 from shardify.recipes.layout import Found
@@ -157,24 +158,22 @@ def _empty(found: Found, images: Sequence[ImagesSeen]) -> Iterator[str]:
     for seen in images:
         if seen.files == 0 and seen.paths:
             yield f"{shorten(seen.paths)} is empty: nothing was downloaded or unpacked into it"
-    if not os.listdir(found.root):
-        yield f"{found.root} is empty"
+    if not _names(found.root):
+        yield f"{found.root} is empty, or may not be looked into"
 
 
 def _folders(path: str) -> list[str]:
-    try:
-        with os.scandir(path) as entries:
-            return sorted(
-                entry.name for _, entry in zip(range(_MOST_ENTRIES), entries, strict=False) if entry.is_dir()
-            )
-    except OSError:
-        return []
+    return [name for name in _names(path) if os.path.isdir(os.path.join(path, name))]
 
 
 def _archives(path: str) -> list[str]:
+    return [name for name in _names(path) if name.lower().endswith(_ARCHIVES)]
+
+
+def _names(path: str) -> list[str]:
+    """What lies in a folder, as far as it can be looked into and is not too much."""
     try:
         with os.scandir(path) as entries:
-            names = [entry.name for _, entry in zip(range(_MOST_ENTRIES), entries, strict=False)]
+            return sorted(entry.name for entry in islice(entries, _MOST_ENTRIES))
     except OSError:
         return []
-    return sorted(name for name in names if name.lower().endswith(_ARCHIVES))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,7 +33,7 @@ def list_recipes(
         return
     width = max(len(recipe.name) for recipe in known)
     for recipe in known:
-        print(f"{recipe.name:<{width}}  {recipe.title}")
+        _print(f"{recipe.name:<{width}}  {recipe.title}")
 
 
 @recipes.command("show")
@@ -41,7 +42,7 @@ def show_recipe(name: NameArgument) -> None:
     from shardify.recipes.schema import load_recipe, recipe_text
 
     load_recipe(name)  # a file that is no recipe is said to be none
-    print(recipe_text(name), end="")
+    _print(recipe_text(name).removesuffix("\n"))
 
 
 @recipes.command("check")
@@ -63,8 +64,14 @@ def check(
     if as_json:
         print(json.dumps(_as_json(report), indent=2))
     else:
-        print("\n".join(describe(report)))
+        _print("\n".join(describe(report)))
     raise typer.Exit(0 if report.complete else 1)
+
+
+def _print(text: str) -> None:
+    """Print names of files and texts of recipes, whatever the terminal can show of them."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def describe(report: "Report") -> list[str]:

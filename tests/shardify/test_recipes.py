@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -421,7 +423,7 @@ def test_check_of_an_empty_folder(tmp_path):
     status, out, _ = run("check", "llava-pretrain-558k", "--root", tmp_path)
     assert status == 1
     assert "no records: blip_laion_cc_sbu_558k.json" in out
-    assert f"{tmp_path} is empty" in out
+    assert f"{tmp_path} is empty, or" in out
     assert "https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain" in out
 
 
@@ -473,6 +475,33 @@ def test_check_of_images_that_are_empty_or_of_another_release(tmp_path):
     put(tmp_path, "allava_laion/images/renamed.jpeg")
     report = check_recipe(load_recipe("allava-caption-laion"), tmp_path)
     assert any("of another release of it" in cause for cause in report.causes)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("[]", "0 records; "), ("[1, {}]", "are no records"), ("", "the file is empty")]
+)
+def test_check_of_record_files_without_records(tmp_path, text, says):
+    (tmp_path / "detail_23k.json").write_text(text)
+    put(tmp_path, "train2017/000000000001.jpg")
+    report = check_recipe(load_recipe("detail-23k"), tmp_path)
+    assert any(says in fault for fault in report.faults), report.faults
+
+
+def test_output_that_the_terminal_cannot_show_is_no_crash(tmp_path):
+    recipe = write(tmp_path / "é.yaml", {**SMALL, "title": "ünï"})
+    root = tmp_path / "wörld"
+    put_records(root / "train.json", "\udcff/é.jpg")
+    command = [sys.executable, "-m", "shardify.cli", "recipes"]
+    for arguments in (["show", recipe], ["check", recipe, "--root", root]):
+        done = subprocess.run(
+            [*command, *arguments],
+            capture_output=True,
+            timeout=120,
+            check=False,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )
+        assert b"Traceback" not in done.stderr
+        assert done.stdout
 
 
 def test_check_tells_what_is_damaged_and_goes_on(tmp_path):
@@ -556,6 +585,12 @@ def test_the_random_records_depend_on_the_seed_alone(tmp_path):
 
 
 # --- the command
+
+
+def test_the_document_lists_every_recipe():
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    for name in recipe_names():
+        assert f"| `{name}` | {load_recipe(name).title} |" in text
 
 
 def test_list_and_show():
