@@ -132,23 +132,39 @@ class Listing:
         hashes = _hash([_hashed_end(text) for text in wanted] if kind in _ENDINGS else wanted, kind)
         table, numbers = self._table(kind)
         lows = np.searchsorted(table, hashes, side="left")
+        highs = np.searchsorted(table, hashes, side="right")
+        (hits,) = np.nonzero(highs > lows)
+        firsts = numbers[lows[hits]].astype(np.int64)
+        ends = self._ends[firsts].tolist()
+        begins = np.where(firsts > 0, self._ends[firsts - 1], 0).tolist()
         found: dict[int, list[int]] = {}
-        if not len(table):  # no name has a folder
-            return found
-        (hits,) = np.nonzero(table[np.minimum(lows, len(table) - 1)] == hashes)
-        for hit in hits.tolist():
-            chosen: dict[bytes, int] = {}
-            low = int(lows[hit])
-            for place in range(low, min(low + _TRIED, len(table))):
-                if table[place] != hashes[hit] or len(chosen) > most:
-                    break
-                number = int(numbers[place])
-                name = self._encoded(number)
-                if _is_of_kind(name, wanted[hit], kind):
-                    chosen[name] = number
-            if chosen:
-                found[hit] = sorted(chosen.values())[:most]
+        for hit, low, high, first, begin, end in zip(
+            hits.tolist(),
+            lows[hits].tolist(),
+            highs[hits].tolist(),
+            firsts.tolist(),
+            begins,
+            ends,
+            strict=True,
+        ):
+            if high - low > 1:
+                several = self._matching(wanted[hit], kind, numbers[low : min(high, low + _TRIED)], most)
+                if several:
+                    found[hit] = several
+            elif _is_of_kind(self._blob[begin:end], wanted[hit], kind):
+                found[hit] = [first]
         return found
+
+    def _matching(self, text: bytes, kind: Kind, numbers: npt.NDArray[np.uint32], most: int) -> list[int]:
+        """Those of these names, whose hash is that of `text`, that it is the whole, a stem or an end of."""
+        chosen: dict[bytes, int] = {}
+        for number in numbers.tolist():
+            name = self._encoded(number)
+            if _is_of_kind(name, text, kind):
+                chosen[name] = number
+                if len(chosen) > most:
+                    break
+        return sorted(chosen.values())[:most]
 
     def _begin(self, number: int) -> int:
         return int(self._ends[number - 1]) if number else 0

@@ -274,25 +274,25 @@ class Resolver:
 
     def _choose(self, found: Mapping[int, set[tuple[int, int]]]) -> dict[int, npt.NDArray[np.void] | None]:
         """The row of each image that one name agrees with; None for those that several agree with."""
-        every = sorted(set().union(*found.values()))
+        every = sorted(candidate for candidates in found.values() for candidate in candidates)
         rows: dict[tuple[int, int], npt.NDArray[np.void]] = {}
         for store, group in groupby(every, key=itemgetter(0)):
-            numbers = [number for _, number in group]
+            numbers = list(dict.fromkeys(number for _, number in group))
             located = self._places[store].store.listed(numbers)
             held = located["store"] != MISSING
             located["store"][held] = store
             rows.update(
-                ((store, n), row)
-                for n, row, here in zip(numbers, located, held.tolist(), strict=True)
+                ((store, number), row)
+                for number, row, here in zip(numbers, located, held.tolist(), strict=True)
                 if here
             )
         chosen: dict[int, npt.NDArray[np.void] | None] = {}
         for owner, candidates in found.items():
             there = [rows[candidate] for candidate in sorted(candidates) if candidate in rows]
-            if there:
-                contents = {(int(row["size"]), int(row["crc"])) for row in there}
-                same = len(contents) == 1 and all(row["crc"] for row in there)
-                chosen[owner] = there[0] if len(there) == 1 or same else None
+            if len(there) == 1 or (there and _are_same(there)):
+                chosen[owner] = there[0]
+            elif there:
+                chosen[owner] = None
         return chosen
 
 
@@ -351,6 +351,11 @@ def _queries(
     if not pairs:
         return []
     return [_Query(place.number, kind, [owner for owner, _ in pairs], [text for _, text in pairs])]
+
+
+def _are_same(rows: Sequence[npt.NDArray[np.void]]) -> bool:
+    """Whether these are the same bytes, as far as sizes and checksums can tell."""
+    return all(row["crc"] for row in rows) and len({(int(row["size"]), int(row["crc"])) for row in rows}) == 1
 
 
 def _common_end(first: Sequence[str], second: Sequence[str]) -> int:
