@@ -292,12 +292,15 @@ class _Search:
         return FoundImages(recipe, entry, tried, stores)
 
     def _first(self, places: Sequence[Place], folder: str) -> tuple[Place | None, list[str]]:
-        """The first place where something is, and what."""
+        """The first place where something is, and what. An empty folder counts where nothing else is: it may still be filled."""
+        empty: tuple[Place | None, list[str]] = (None, [])
         for place in places:
             paths = list(self._matches(_join(folder, place.path)))
-            if paths:
+            if any(not _is_empty(os.path.join(self.root, path)) for path in paths):
                 return place, paths
-        return None, []
+            if paths and empty[0] is None:
+                empty = place, paths
+        return empty
 
     def _matches(self, path: str) -> Iterator[str]:
         check_path(path, "recipe")
@@ -307,6 +310,15 @@ class _Search:
             return
         # images_10.zip after images_9.zip, on every file system
         yield from sorted(glob.glob(path, root_dir=self.root), key=lambda name: (len(name), name))
+
+
+def _is_empty(path: str) -> bool:
+    """Whether it is a folder with nothing in it."""
+    try:
+        with os.scandir(path) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return False  # a file, or what cannot be looked into
 
 
 def _join(folder: str, path: str) -> str:

@@ -243,6 +243,17 @@ def test_the_first_place_that_is_there_counts(tmp_path):
     assert (source.path, source.name, source.kind) == (f"{root}/train.json", "train.json", "auto")
 
 
+def test_an_empty_folder_does_not_hide_the_archive_that_is_to_fill_it(tmp_path):
+    images = [{"any_of": ["images", "images.zip"]}]
+    recipe = load_recipe(write(tmp_path / "mine.yaml", images=images))
+    root = tmp_path / "root"
+    put_records(root / "train.json", "1.jpg")
+    (root / "images").mkdir()
+    assert resolve_recipe(recipe, root).stores == (StoreSpec(f"{root}/images"),)
+    put_zip(root / "images.zip", "1.jpg")
+    assert resolve_recipe(recipe, root).stores == (StoreSpec(f"{root}/images.zip"),)
+
+
 def test_a_pattern_takes_all_its_matches_in_their_order(tmp_path):
     recipe = load_recipe(write(tmp_path / "mine.yaml", images=[{"path": "chunks/images_*.zip"}]))
     root = tmp_path / "root[1]"  # the root's own name is no pattern

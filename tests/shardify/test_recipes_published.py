@@ -686,7 +686,8 @@ def test_llava_prompts(tree, folder):
     pack_dataset(PackOptions(sources=resolved.sources, out=out, shards=1, workers=1))
     manifest, found = samples(out)
     assert manifest.counts.records_in == manifest.counts.packed == 6
-    assert manifest.counts.notes["text-only"] == 6
+    assert manifest.counts.notes == {"text-only": 6, "id-has-slash": 6}
+    assert set(manifest.counts.notes) == set(resolved.expect)
     assert {place[0] for place in found} == {f"{base}{kind}" for kind in contents}
     for (source, number), (images, raw) in found.items():
         assert images == []
