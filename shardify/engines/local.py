@@ -134,7 +134,7 @@ def _work(
     context: RunContext,
     parent: int,
 ) -> None:
-    _die_with(parent)
+    die_with(parent)
     while True:
         try:
             task = connection.recv()
@@ -150,7 +150,7 @@ def _work(
         connection.send(result)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent ends, however it ends."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
