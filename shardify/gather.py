@@ -8,6 +8,7 @@ Of a sample only one row of `SAMPLE_DTYPE` is kept, and one row of `MEMBER_DTYPE
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,7 @@ MEMBER_DTYPE = np.dtype(
 
 _COLUMNS = ("id", "record", "offset", "size", "members", "source")
 
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 _Ints = npt.NDArray[np.int64]
 _Hashes = npt.NDArray[np.uint64]
 
@@ -290,9 +292,7 @@ class _Parts:
         self._shards += 1
 
     def gathered(self, total: int, *, max_samples: int | None, shuffle: bool, seed: int) -> Gathered:
-        samples = np.concatenate(self._samples)
-        members = np.concatenate(self._members)
-        ids = np.concatenate(self._ids)
+        samples, members, ids = _joined(self._samples), _joined(self._members), _joined(self._ids)
         if max_samples is not None and max_samples < len(samples):
             chosen = np.sort(planned_order(len(samples), shuffle=shuffle, seed=seed)[:max_samples])
             members = members[member_rows(samples, _first_members(samples), chosen)]
@@ -316,6 +316,13 @@ class _Parts:
             sets=np.array([self._set_of[at] for at in order], np.int64),
             left_out=total - len(samples),
         )
+
+
+def _joined(parts: list[npt.NDArray[_Scalar]]) -> npt.NDArray[_Scalar]:
+    """All parts in one array; the list is emptied, so that nothing is held twice for long."""
+    whole = np.concatenate(parts)
+    parts.clear()
+    return whole
 
 
 def _first_members(samples: npt.NDArray[np.void]) -> _Ints:
