@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -226,3 +227,9 @@ def test_a_filter_reads_only_the_columns_it_needs():
     assert parse_filter("words > 3 and width > 300").columns == {"words", "images"}
     assert {column for _, columns, _ in COLUMNS.values() for column in columns} <= set(SCHEMA.names)
     assert parse_filter("words > 3").matches(table_of([])).tolist() == []
+
+
+def test_every_column_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "reshard.md").read_text()
+    for name, (_, _, meaning) in COLUMNS.items():
+        assert f"| `{name}` | {meaning} |" in text
