@@ -47,10 +47,13 @@ _MACHINE = (
     "//metadata.google.internal/",
 )  # where cloud machines find their credentials
 _UNREACHABLE = ("error sending request", "HTTP error", "timed out", "error decoding response body")
-_NO_CREDENTIALS = (
-    "no AWS credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (which needs boto3: pip install "
-    "'shardify[aws]'), or AWS_SKIP_SIGNATURE=true for a public bucket"
-)
+_NO_CREDENTIALS = {
+    "s3": "no AWS credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (which needs boto3: pip install "
+    "'shardify[aws]'), or AWS_SKIP_SIGNATURE=true for a public bucket",
+    "gs": "no Google credentials were found: set GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
+    "az": "no Azure credentials were found: set AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_SAS_TOKEN, or AZURE_SKIP_SIGNATURE=true for a "
+    "public container",
+}
 
 _started = False  # this process has made a client
 _lost = False  # this process was forked from one that had
@@ -131,7 +134,7 @@ def explained(url: str) -> Iterator[None]:
     try:
         yield
     except (BaseError, ValueError, OSError) as error:
-        raise PackError(f"{shown(url)}: {_meaning(error)}") from None
+        raise PackError(f"{shown(url)}: {_meaning(error, split_url(url).scheme)}") from None
 
 
 def error_code(error: Exception) -> str:
@@ -144,12 +147,12 @@ def is_missing_bucket(error: Exception) -> bool:
     return error_code(error) in ("NoSuchBucket", "ContainerNotFound")
 
 
-def _meaning(error: Exception) -> str:
+def _meaning(error: Exception, scheme: str) -> str:
     text = str(error)
     status, code = next(iter(_STATUS.findall(text)), ""), error_code(error)
     told = " ".join(filter(None, (status, code)))
-    if any(address in text for address in _MACHINE):
-        return f"no credentials in the environment, and none of the machine; see docs/remote.md. For s3://: {_NO_CREDENTIALS}"
+    if scheme in _NO_CREDENTIALS and any(address in text for address in _MACHINE):
+        return f"{_NO_CREDENTIALS[scheme]}; docs/remote.md lists what else there is"
     if is_missing_bucket(error):
         return "there is no such bucket; create it, or check its name and the endpoint"
     if status in ("401", "403"):
@@ -240,7 +243,7 @@ def _aws_settings(endpoint: str) -> "tuple[Any, Callable[[], S3Credential] | Non
     except BotoCoreError as error:
         raise PackError(f"the AWS profile cannot be used: {error}") from None
     if found is None:
-        raise PackError(_NO_CREDENTIALS)
+        raise PackError(_NO_CREDENTIALS["s3"])
 
     def provide() -> "S3Credential":
         frozen = found.get_frozen_credentials()

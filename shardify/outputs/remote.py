@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import xxhash
 
+from shardify.errors import PackError
 from shardify.format import names, objects
 from shardify.format.bucket import join_url, require_writable
 
@@ -79,7 +80,8 @@ class RemoteOutput:
         try:
             yield
         except BaseException:
-            objects.abort_uploads(self.place, suffixes=_SHARDS)
+            with suppress(PackError):  # what ended the run is what counts
+                objects.abort_uploads(self.place, suffixes=_SHARDS)
             raise
         finally:
             self._folders.remove(folder)

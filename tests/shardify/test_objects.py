@@ -323,6 +323,49 @@ def test_a_bucket_that_is_not_there(place, tmp_path):
             call()
 
 
+@pytest.mark.parametrize(
+    ("url", "settings", "request_path"),
+    [
+        (
+            "gs://lab/a/b c.jpg",
+            {"GOOGLE_BASE_URL": "{server}", "GOOGLE_BEARER_TOKEN": "never-to-be-shown"},
+            "/lab/a%2Fb%20c%2Ejpg",
+        ),
+        (
+            "az://lab/a/b c.jpg",
+            {
+                "AZURE_STORAGE_ENDPOINT": "{server}",
+                "AZURE_STORAGE_ACCOUNT_NAME": "acme",
+                "AZURE_SKIP_SIGNATURE": "true",
+            },
+            "/lab/a/b%20c.jpg",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, "NoSuchBucket", "no such bucket"),
+        (404, "ContainerNotFound", "no such bucket"),
+        (403, "AuthorizationPermissionMismatch", "access is denied .403 Auth"),
+    ],
+)
+def test_the_other_stores_are_asked_as_they_expect(
+    proxy, monkeypatch, url, settings, request_path, status, code, message
+):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value.format(server=proxy.server.url))
+    proxy.fault = lambda _method, _path: status
+    proxy.body = f"<Error><Code>{code}</Code></Error>".encode()
+    for call in (lambda: objects.get(url), lambda: objects.put(url, b"1")):
+        with pytest.raises(PackError, match=message):
+            call()
+    assert [(method, path.partition("?")[0]) for method, path in proxy.requests] == [
+        ("GET", request_path),
+        ("PUT", request_path),
+    ]
+
+
 def test_nobody_listens(place, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(PackError, match="cannot be reached"):

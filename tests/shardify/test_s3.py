@@ -192,6 +192,30 @@ def test_killed_again_and_again_and_continued(server, expected, temporary):
     assert os.listdir(temporary) == []
 
 
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_nothing_unfinished_is_left(server, expected, temporary, sign):
+    prefix = f"interrupted{sign}/"
+    process = subprocess.Popen(
+        remote(f"s3://lab/{prefix}", "--workers", 2),
+        env=environment(server, temporary),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not server.uploads("lab") and process.poll() is None:
+        time.sleep(0.005)
+    os.killpg(process.pid, sign)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + sign
+    assert "Traceback" not in told
+    seen = server.objects("lab", prefix)
+    assert seen.pop(".packing/plan.json")
+    assert seen == {name: expected[name] for name in seen}
+    assert server.uploads("lab") == []
+    assert os.listdir(temporary) == []
+
+
 def test_other_settings_are_refused_while_it_is_unfinished(server, expected, temporary):
     out = "s3://lab/begun"
     with s3.faulty_proxy(server) as proxy:
@@ -288,7 +312,12 @@ def test_an_image_that_has_gone_since_it_was_listed(server, expected, temporary)
             "s3://none-such/x.*: there is no such bucket",
         ),
         ("s3://lab/data/chat.json", "s3://lab/data/images", "https://lab/x", "can be read, not written"),
-        ("s3://lab/data/chat.json", "s3://lab/data/images", "s3://lab/data", "not empty .a.tar, a.zip, chat.json"),
+        (
+            "s3://lab/data/chat.json",
+            "s3://lab/data/images",
+            "s3://lab/data",
+            "not empty .a.tar, a.zip, chat.json",
+        ),
     ],
 )
 def test_wrong_places(source, server, temporary, records, images, out, message):
