@@ -257,7 +257,7 @@ class SidecarBuilder:
         table = table.replace_schema_metadata({_METADATA_KEY: msgspec.json.encode(info)})
         stream = pa.BufferOutputStream()
         pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
-        return memoryview(stream.getvalue())
+        return memoryview(stream.getvalue()).cast("B")
 
     def write(
         self, target: str | os.PathLike[str] | Sink, spans: npt.NDArray[np.int64], info: ShardInfo
