@@ -453,8 +453,7 @@ def _locate(
 
 def name_in_store(path: str, rule: Rule, mount: str) -> str:
     """An image's path inside of its store, from the path in the record and how that was rewritten."""
-    if rule.old or rule.new:
-        path = rule.new + path.removeprefix(rule.old)
+    path = rule.apply(path) or path
     return path.removeprefix(f"{mount}/") if mount else path
 
 

@@ -41,6 +41,7 @@ from shardify.images.stores import (
     READABLE_METHODS,
     UNSEEN,
     ImageStore,
+    clean_name,
     missing_rows,
 )
 from shardify.records import ImageRef
@@ -63,7 +64,7 @@ class Rule:
         """The path as this rule rewrites it; None when the rule has nothing to say of it."""
         if not path.startswith(self.old):
             return None
-        return self.new + path[len(self.old) :]
+        return clean_name(self.new + path[len(self.old) :])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

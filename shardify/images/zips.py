@@ -29,6 +29,12 @@ from shardify.images.stores import (
     missing_rows,
 )
 
+try:
+    # ten times as fast where it is installed: then checking a stored member costs less than opening a file
+    from isal.isal_zlib import crc32  # type: ignore[import-not-found,unused-ignore]
+except ImportError:
+    from zlib import crc32
+
 _NAME_IS_UTF8 = 0x800  # general purpose bit 11
 _IS_ENCRYPTED = 0x1
 _LOCAL_HEADER = 30
@@ -102,7 +108,7 @@ class ZipReader:
             )
         if method != STORED:
             data = _inflate(data, size)
-        if zlib.crc32(data) != crc:
+        if crc32(data) != crc:
             raise ImageError("image-damaged", "its checksum differs from the archive's directory")
         return data
 
