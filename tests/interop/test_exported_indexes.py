@@ -55,7 +55,6 @@ def test_dalis_own_tool_writes_the_same_index(folder, python, tmp_path):
         check=True,
         capture_output=True,
         text=True,
-        check=False,
     ).stdout.split()
     scripts = [
         path
