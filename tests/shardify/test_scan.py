@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shardify.errors import FormatError
+from shardify.format import walk as walk_module
 from shardify.format.scan import scan_shard
 from shardify.format.tar import ShardWriter, read_members, split_name
 
@@ -176,6 +177,186 @@ def test_shards_by_webdatasets_writer_over_real_pictures(tmp_path, real_data):
     rows, _ = scan(path, name="w.tar")
     assert len(rows) == len(pictures)
     assert sum(image.width > 0 for row in rows for image in row.images) > 80
+    check_reads_back(path, rows)
+
+
+def judged_by_tarfile(path):
+    """Key, field, where the sample's first header begins, data offset and size of each member, by the standard library."""
+    found = []
+    last = None
+    with tarfile.open(path, encoding="utf-8", errors="backslashreplace") as archive:
+        for member in archive:
+            parsed = split_name(member.name) if member.isreg() else None
+            if parsed is None:
+                continue
+            begin = found[-1][2] if last == parsed[0] else member.offset
+            last = parsed[0]
+            found.append((*parsed, begin, member.offset_data, member.size))
+    return found
+
+
+NAMES = st.one_of(
+    st.text("ab", min_size=1, max_size=3),
+    st.text("a./", min_size=1, max_size=6),
+    st.integers(90, 300).map("n".__mul__),
+    st.integers(40, 120).map(lambda n: "d" * n + "/" + "\u00fc" * n),
+)
+MEMBERS = st.lists(
+    st.tuples(
+        NAMES,
+        st.sampled_from(["jpg", "0.png", "json", "tar.gz", ""]),
+        st.sampled_from([0, 1, 511, 512, 513, 3000, 300_000]),
+        st.sampled_from(
+            [tarfile.REGTYPE] * 5 + [tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CONTTYPE]
+        ),
+        st.sampled_from(
+            [{}, {"comment": "x"}, {"mtime": "1.5"}, {"SCHILY.xattr.user.a": "path=no\n12 path=x"}]
+        ),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=150)
+@given(
+    members=MEMBERS,
+    tar_format=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    header=st.sampled_from([{}, {"comment": "a global header"}]),
+)
+def test_the_standard_library_is_the_judge(tmp_path, members, tar_format, header):
+    path = tmp_path / "a.tar"
+    seen = set()
+    with tarfile.open(path, "w", format=tar_format, pax_headers=header) as archive:
+        for number, (stem, field, size, kind, records) in enumerate(members):
+            info = tarfile.TarInfo(f"{stem}.{field}" if field else stem)
+            if (parsed := split_name(info.name)) in seen and parsed:
+                continue
+            seen.add(parsed)
+            info.type, info.linkname, info.pax_headers = kind, "a" * (number * 30), records
+            info.size = size if info.isreg() else 0
+            with contextlib.suppress(ValueError):  # ustar cannot hold every name
+                archive.addfile(info, io.BytesIO(random.Random(number).randbytes(size)))
+    try:
+        expected = judged_by_tarfile(path)
+    except tarfile.ReadError:  # its word for no members at all behind a global header
+        expected = []
+    rows, info = scan(path)
+    found = [(row.key, m.field, row.offset, m.offset, m.size) for row in rows for m in row.members]
+    assert found == expected
+    assert info.xxh3_128 == xxhash.xxh3_128_hexdigest(path.read_bytes())
+    check_reads_back(path, rows)
+
+
+def header_of(name, size, *, checksum=sum, magic=b"ustar\0", kind=b"0"):
+    """A header made by hand; `checksum` adds up bytes."""
+    size_field = b"%011o\0" % size if size < 8 << 30 else b"\x80" + size.to_bytes(11, "big")
+    block = bytearray(name.ljust(100, b"\0") + b"0000644\0" * 3 + size_field + b"0" * 11 + b"\0")
+    block += b" " * 8 + kind + bytes(100) + magic
+    block += bytes(512 - len(block))
+    block[148:156] = b"%06o\0 " % checksum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        pytest.param({"magic": bytes(6), "kind": b"\0"}, id="before POSIX"),
+        pytest.param({"magic": b"ustar "}, id="GNU"),
+        pytest.param(
+            {"checksum": lambda block: sum(b - 256 * (b > 127) for b in block)}, id="signed checksum"
+        ),
+    ],
+)
+def test_headers_of_old_writers(tmp_path, made):
+    path = tmp_path / "a.tar"
+    name = "\u00e9.jpg".encode()
+    path.write_bytes(
+        header_of(b"folder/", 5, **(made | {"kind": b"5"}))
+        + header_of(name, 3, **made)
+        + b"abc"
+        + bytes(509 + 1024)
+    )
+    rows, _ = scan(path)
+    assert [(row.key, row.offset, row.size) for row in rows] == [("\u00e9", 512, 1024)]
+    check_reads_back(path, rows)
+
+
+def test_sizes_beyond_octal_digits(tmp_path):
+    """9 GiB, as GNU (binary) and as PAX (a record) write it, of which the file holds nothing: the size is named."""
+    size = 9 << 30
+    record = b"19 size=%d\n" % size
+    extended = header_of(b"x", len(record), kind=b"x") + record.ljust(512, b"\0")
+    path = tmp_path / "a.tar"
+    for header, end in (
+        (header_of(b"big.bin", size), 512 + size),
+        (extended + header_of(b"big.bin", 0), 1536 + size),
+    ):
+        path.write_bytes(header + bytes(5000))
+        with pytest.raises(
+            FormatError, match=rf"big\.bin' at byte 0 is cut off: it should end at byte {end},"
+        ):
+            scan(path)
+
+
+def test_windows_of_any_size_see_the_same(tmp_path, monkeypatch):
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            (f"{'n' * (n * 40)}{n}.{field}", random.Random(n).randbytes(n * 777))
+            for n in range(6)
+            for field in ("jpg", "json")
+        ],
+        tarfile.PAX_FORMAT,
+    )
+    rows, info = scan(path)
+    for window, parsed in ((512, 1 << 20), (1024, 1000), (3000, 1), (1 << 20, 600)):
+        monkeypatch.setattr(walk_module, "WINDOW_BYTES", window)
+        monkeypatch.setattr(walk_module, "MAX_PARSED_BYTES", parsed)
+        assert scan(path) == (rows, info)
+
+
+def test_a_second_tar_behind_the_mark_is_not_lost_silently(tmp_path):
+    one = write_tar(tmp_path / "1.tar", [("1.jpg", b"x")]).read_bytes()
+    two = write_tar(tmp_path / "2.tar", [("2.jpg", b"y")]).read_bytes()
+    path = tmp_path / "a.tar"
+    path.write_bytes(one + two)
+    with pytest.raises(FormatError, match=f"another tar begins at byte {len(one)}, behind .* at byte 1024"):
+        scan(path)
+    path.write_bytes(one + b"whatever a tape held")
+    assert [row.key for row in scan(path)[0]] == ["1"]
+    subprocess.run(["tar", "--concatenate", "-f", tmp_path / "1.tar", tmp_path / "2.tar"], check=True)
+    assert [row.key for row in scan(tmp_path / "1.tar")[0]] == ["1", "2"]
+
+
+def test_a_global_header_that_renames_everything_is_refused(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"path": "all.jpg"}) as archive:
+        archive.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(FormatError, match="global header at byte 0"):
+        scan(path)
+
+
+def test_img2dataset_layout(tmp_path):
+    """Subfolders are none, three members a sample, the JSON is no LLaVA record, PAX headers for fractions of a second."""
+    path = tmp_path / "00000.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for number in range(5):
+            meta = {
+                "caption": "a \u00fc cat",
+                "url": "https://example.org/1.jpg",
+                "key": f"{number:09d}",
+                "width": 40,
+            }
+            writer.write({"__key__": f"{number:09d}", "jpg": picture(), "txt": "a cat", "json": meta})
+    rows, _ = scan(path)
+    assert [(row.key, row.id, row.turns, row.words) for row in rows] == [
+        (f"{n:09d}", None, 0, 0) for n in range(5)
+    ]
+    assert all(
+        [m.field for m in row.members] == ["jpg", "json", "txt"] or len(row.members) == 3 for row in rows
+    )
+    assert all((row.images[0].width, row.images[0].height) == (40, 30) for row in rows)
     check_reads_back(path, rows)
 
 
