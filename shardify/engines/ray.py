@@ -28,12 +28,13 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 from shardify import __version__
 from shardify.engines.local import Task, die_with, start_worker
 from shardify.errors import PackError, SourceError, UsageError
+from shardify.format.child import stay
 from shardify.pack import Report, RunContext, ShardResult
 
 _REPORT_EVERY = 1.0  # seconds between a task's reports
 _POLL_EVERY = 0.5  # seconds between looks at the board of reports
 _PATIENCE = 10.0  # seconds for a cluster to answer, and for the end of what was cancelled
-_CRASHES = 4  # of one shard's workers before its own content is the likely reason
+_CRASHES = 3  # of one shard's workers before its own content is the likely reason
 _CONTINUES = "the same command again continues"
 
 _Context = TypeVar("_Context", bound=RunContext)
@@ -394,6 +395,7 @@ class _Board:
 
 
 def _make(shared: _Shared, task: Task, board: Any) -> _Finished:
+    stay()  # nothing is forked here, so that object stores can be called from this very process
     records = size = 0
     told = time.monotonic()
 
