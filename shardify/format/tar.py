@@ -98,7 +98,8 @@ class ShardWriter:
     The file sees few, large writes: what is ready is gathered until it is `gather` bytes.
 
     Args:
-        sink: its `write` may take less than it is given, as that of an unbuffered file.
+        sink: its `write` may take less than it is given, as that of an unbuffered file. One with a true attribute `buffers` takes all, and
+            makes large writes of small ones itself.
         compress: ``""`` for a plain tar, ``"zstd"`` for one in frames (see `shardify.format.zstd`).
         gather: bytes.
 
@@ -111,7 +112,9 @@ class ShardWriter:
         if compress not in ("", ZSTD):
             raise ValueError(f"compress={compress!r}: shards are plain or {ZSTD!r}")
         self._sink = sink
-        self._gather = gather
+        self._buffered = getattr(sink, "buffers", False)
+        # what a sink gathers itself is passed on while it is in the processor's cache
+        self._gather = 0 if self._buffered else gather
         self._ready: list[bytes | memoryview] = []
         self._ready_bytes = 0
         self._hash = xxhash.xxh3_128()
@@ -194,6 +197,14 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
+        if self._buffered:
+            for part in self._ready:
+                self._hash.update(part)
+                self._sink.write(part)  # type: ignore[arg-type]
+                self.bytes += len(part)
+            self._ready.clear()
+            self._ready_bytes = 0
+            return
         data = b"".join(self._ready)
         self._ready.clear()
         self._ready_bytes = 0

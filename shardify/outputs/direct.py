@@ -57,6 +57,12 @@ class DirectFile:
         Raises:
             OSError: this or an earlier part could not be written.
         """
+        size = len(data)
+        if size < _BUFFER_BYTES - self._filled:
+            self._buffer[self._filled : self._filled + size] = data
+            self._filled += size
+            self._size += size
+            return size
         view = memoryview(data).cast("B")
         size = len(view)
         while view:

@@ -35,6 +35,9 @@ def sync_folder(path: str) -> None:
 class LocalDraft:
     """See `Draft`."""
 
+    buffers = True
+    """It takes everything that is written, and makes large writes of it."""
+
     def __init__(self, folder: str, name: str) -> None:
         self._target = os.path.join(folder, name)
         # two attempts at one shard may run at once, when the first is only thought dead
