@@ -55,7 +55,7 @@ NOTES: Mapping[str, str] = {
     "image-tokens-exceed-images": "more turns with `<image>` than images: the model would take the next sample's",
     "image-tokens-missing": "fewer `<image>` than images: LLaVA drops the features",
     "image-token-without-image": "`<image>` in a record without image: it is read as text",
-    "template-marker-in-text": "a text holds `</s>`, ` ASSISTANT: `, `[/INST] `, `<|im_end|>` or `<unk>`: LLaVA's masks fail on it",
+    "template-marker-in-text": "a text holds a mark of LLaVA's templates, such as `</s>` or ` ASSISTANT: `: its masks fail on it",
     "blanks-around-text": "a text begins or ends with white space, which is kept",
     "noisy-marker": "a text holds `QA_GT_caption_based_noisy`, which LLaVA-NeXT cuts out",
     "text-long": "more words than LLaVA's 2,048 tokens: the end is cut off in training",
