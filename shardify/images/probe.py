@@ -46,7 +46,6 @@ _DEEP = 16
 _RIFF_CHUNK = struct.Struct("<4sI")
 _WEBP_ALPHA, _WEBP_EXIF, _WEBP_ANIMATION = 0x10, 0x08, 0x02
 _CHUNKS = 4096  # looked at
-_GIF_HEAD = 2048
 _EXIF = b"Exif\0\0"
 _ORIENTATION = 0x0112
 _TURNED = range(2, 9)
@@ -340,12 +339,6 @@ def _scan_start(data: bytes) -> int:
     return 0
 
 
-def _may_be_animated(head: bytes) -> bool:
-    """Whether a GIF begins as animations do: it loops, or its first picture is shown for a time. Pillow would look through all of every file."""
-    control = head.find(b"\x21\xf9\x04")
-    return b"NETSCAPE2.0" in head or (control >= 0 and head[control + 4 : control + 6] != b"\0\0")
-
-
 def _open(data: bytes | memoryview, *, check: str) -> ImageHeader:
     beyond = []
     try:
@@ -354,7 +347,7 @@ def _open(data: bytes | memoryview, *, check: str) -> ImageHeader:
             size = image.size
             if check != "none":
                 beyond = [tile for tile in getattr(image, "tile", ()) if tile.offset >= len(data)]
-            traits = _pillow_traits(image, data)
+            traits = _pillow_traits(image)
     except ImageError as error:
         code = "image-too-large" if error.code == "image-too-large" else "image-unrecognised"
         raise ImageError(code, error.detail) from None
@@ -365,14 +358,15 @@ def _open(data: bytes | memoryview, *, check: str) -> ImageHeader:
     return ImageHeader(kind, *size, traits)
 
 
-def _pillow_traits(image: Image.Image, data: bytes | memoryview) -> tuple[str, ...]:
+def _pillow_traits(image: Image.Image) -> tuple[str, ...]:
     mode, alpha = image.mode, image.has_transparency_data
     rotated = animated = False
     # damage in what only these look at is no fault of the picture
     with suppress(Exception):
-        rotated = image.getexif().get(_ORIENTATION, 1) in _TURNED
+        # a TIFF is turned by Pillow itself
+        rotated = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in _TURNED
     # several pages of a TIFF, or sizes of an icon, are no animation
-    if image.format == "GIF" and _may_be_animated(bytes(data[:_GIF_HEAD])):
+    if image.format == "GIF":
         with suppress(Exception):
             animated = bool(getattr(image, "is_animated", False))
     traits = _traits(rotated, alpha, mode.startswith(("I", "F")), animated)

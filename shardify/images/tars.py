@@ -117,10 +117,10 @@ def _members(file: OpenFile, total: int, places: "array[int]", links: _Links) ->
             window_at, window = at, file.read(_WINDOW, at)
         place = at - window_at
         header = window[place : place + BLOCK]
-        if not header.strip(b"\0"):
-            if len(header) < BLOCK and (header or at == 0):
-                raise _Damaged(f"it is cut off at byte {at + len(header)}")
-            break  # some writers leave out the end mark
+        if len(header) < BLOCK and (header or at == 0):
+            raise _Damaged(f"it is cut off at byte {at + len(header)}")
+        if not header.strip(b"\0"):  # some writers leave out the end mark
+            break
         parsed = parse_header(header)
         if parsed is None:
             raise _Damaged(f"no tar header at byte {at}")

@@ -6,8 +6,11 @@ import os
 import pickle
 import resource
 import struct
+import subprocess
+import tarfile
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -326,3 +329,185 @@ def test_a_file_beyond_the_limit_is_not_read(tmp_path):
     assert isinstance(store, FolderStore)
     with pytest.raises(ImageError, match="image-too-large"):
         store.reader.read("huge", Location(0, 0, 0, 0, stores.PLAIN_FILE))
+
+
+def make_tar(path, members, format_=tarfile.GNU_FORMAT):
+    with tarfile.open(path, "w", format=format_) as archive:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return open_store(path)
+
+
+@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar(tmp_path, format_):
+    long = "/".join(["folder" * 10] * 3) + "/a.jpg"
+    members = {
+        "t/00453/a.jpg": JPEG,
+        "t/empty": b"",
+        "t/big": b"b" * 100_000,
+        f"t/{long}": JPEG[:99],
+        "t/é.jpg": JPEG[:50],
+    }
+    store = make_tar(tmp_path / "images.tar", members, format_)
+    assert (store.kind, store.name, len(store.fingerprint)) == ("archive", "images.tar", 32)
+    reader = pickle.loads(pickle.dumps(store.reader))
+    for top in ("t/", ""):  # the single top folder may be left out
+        names = [top + name[2:] for name in members]
+        located = locate(store, [*names, "a.jpg"])
+        assert located.pop() is None
+        assert [reader.read(name, place) for name, place in zip(names, located, strict=True)] == list(
+            members.values()
+        )
+    assert open_store(tmp_path / "images.tar").fingerprint == store.fingerprint
+    assert store.listed_name(0) == "t/00453/a.jpg"
+
+
+def test_a_tar_written_by_tar(tmp_path):
+    source = tmp_path / "train"
+    (source / "deep").mkdir(parents=True)
+    (source / "a.jpg").write_bytes(JPEG)
+    (source / "deep" / ("n" * 150 + ".jpg")).write_bytes(JPEG[:300])
+    os.link(source / "a.jpg", source / "b.jpg")
+    (source / "deep" / "c.jpg").symlink_to("../a.jpg")
+    (source / "d.jpg").symlink_to("deep/c.jpg")
+    (source / "dead.jpg").symlink_to("nowhere.jpg")
+    with open(source / "sparse.jpg", "wb") as file:
+        file.truncate(1024 * 1024)
+        file.seek(512 * 1024)
+        file.write(b"x")
+    path = tmp_path / "x.tar"
+    subprocess.run(["tar", "--sparse", "-cf", path, "-C", source, "."], check=True)
+    store = open_store(path)
+    names = ["a.jpg", "b.jpg", "deep/c.jpg", "d.jpg", "deep/" + "n" * 150 + ".jpg"]
+    located = locate(store, names)
+    assert [store.reader.read("", place) for place in located] == [JPEG] * 4 + [JPEG[:300]]
+    assert locate(store, ["dead.jpg", "deep", "."]) == [None] * 3
+    (sparse,) = locate(store, ["sparse.jpg"])
+    with pytest.raises(ImageError, match="image-unreadable: a sparse file"):
+        store.reader.read("", sparse)
+    assert Resolver([store], [()]).locate(["sparse.jpg"], 0).codes == ["image-unreadable"]
+
+
+def test_hostile_names_in_archives_are_only_names(tmp_path):
+    (tmp_path / "secret").write_bytes(b"secret")
+    names = ["../secret", "/etc/passwd", "a/../../secret", "n" * 5000, "./././a.jpg", "b\\c.jpg"]
+    members = {name: b"%d" % number for number, name in enumerate(names)}
+    for store in (make_tar(tmp_path / "x.tar", members), make_zip(tmp_path / "x.zip", members)):
+        found = Resolver([store], [()]).locate([*names, "a.jpg", "b/c.jpg", "etc/passwd"], 0)
+        unsafe = "image-path-unsafe"
+        assert found.codes == [unsafe, unsafe, unsafe, "", "", "", "", "", ""]
+        assert [store.reader.read("", Location(*row[:5])) for row in found.rows[3:].tolist()] == [
+            b"3", b"4", b"5", b"4", b"5", b"1"
+        ]  # fmt: skip
+
+
+def test_the_last_of_several_tar_members_of_one_name_counts(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for data in (b"old", JPEG):
+            entry = tarfile.TarInfo("a")
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    store = open_store(tmp_path / "x.tar")
+    assert store.reader.read("a", locate(store, ["a"])[0]) == JPEG
+
+
+def test_cut_off_and_damaged_tars_are_refused_with_the_byte_where(tmp_path):
+    path = tmp_path / "x.tar"
+    make_tar(path, {"a": JPEG, "b" * 120: JPEG, "c": JPEG})
+    good = path.read_bytes()
+    padded = 512 + -(-len(JPEG) // 512) * 512
+
+    def refusal(content):
+        path.write_bytes(content)
+        with pytest.raises(SourceError) as error:
+            open_store(path)
+        return str(error.value)
+
+    assert "member at byte 0 ends at byte" in refusal(good[:700])
+    assert f"cut off at byte {padded + 100}" in refusal(good[: padded + 100])
+    assert f"long name or extended header at byte {padded} is damaged or cut off" in refusal(
+        good[: padded + 530]
+    )
+    assert f"no tar header at byte {padded}" in refusal(good[:padded] + b"x" * 512 + good[padded + 512 :])
+    assert "cut off at byte 0" in refusal(b"")
+    assert "not a readable tar" in refusal(b"no archive at all")
+    path.write_bytes(good[:padded])  # without an end mark, as some writers leave it
+    assert locate(open_store(path), ["a"]) != [None]
+    store = open_store(path)
+    (place,) = locate(store, ["a"])
+    os.truncate(path, 600)
+    with pytest.raises(ImageError, match="image-damaged: the archive ends"):
+        store.reader.read("a", place)
+
+
+@pytest.mark.parametrize(("mode", "name"), [("w:gz", "gzip"), ("w:bz2", "bzip2"), ("w:xz", "xz")])
+def test_compressed_tars_are_refused_with_what_to_do(tmp_path, mode, name):
+    with tarfile.open(tmp_path / "x.tar.gz", mode):
+        pass
+    with pytest.raises(SourceError, match=f"compressed by {name}.*decompress it to a plain .tar"):
+        open_store(tmp_path / "x.tar.gz")
+
+
+@given(st.data())
+def test_any_bytes_are_a_tar_or_a_clear_refusal(tmp_path, data):
+    path = tmp_path / "x.tar"
+    if not path.exists():
+        make_tar(path, {"a": JPEG[:100], "l" * 130: b"text" * 20, "é": b""}, tarfile.PAX_FORMAT)
+        (tmp_path / "good").write_bytes(path.read_bytes())
+    content = bytearray((tmp_path / "good").read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    for at in range(0, len(content) - 512, 512):  # a checksum that holds leads further in
+        if content[at + 257 : at + 262] == b"ustar":
+            total = sum(content[at : at + 512]) - sum(content[at + 148 : at + 156]) + 256
+            content[at + 148 : at + 156] = b"%06o\0 " % total
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        store = open_store(path)
+    except SourceError:
+        return
+    numbers = range(len(store.listing()))
+    for row in store.listed(numbers):
+        with contextlib.suppress(ImageError):
+            store.reader.read("", Location(*row.tolist()[:5]))
+
+
+def test_many_threads_and_processes_read_one_archive(tmp_path):
+    members = {f"{n}.jpg": os.urandom(5000 + n) for n in range(200)}
+    root = tmp_path / "root"
+    root.mkdir()
+    for name, data in members.items():
+        (root / name).write_bytes(data)
+    deflated = tmp_path / "deflated.zip"
+    places = [
+        open_store(root),
+        make_zip(tmp_path / "x.zip", members),
+        make_zip(deflated, members, zipfile.ZIP_DEFLATED),
+        make_tar(tmp_path / "x.tar", members),
+    ]
+    for store in places:
+        located = locate(store, list(members))
+
+        def read(name, place, reader=store.reader):
+            return reader.read(name, place)
+
+        with ThreadPoolExecutor(16) as pool:
+            assert list(pool.map(read, members, located)) == list(members.values())
+        child = os.fork()
+        if not child:
+            same = [read(name, place) for name, place in zip(members, located, strict=True)] == list(
+                members.values()
+            )
+            os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_opening_leaves_no_file_open(tmp_path):
+    make_zip(tmp_path / "x.zip", {"a": JPEG})
+    make_tar(tmp_path / "x.tar", {"a": JPEG})
+    before = os.listdir("/proc/self/fd")
+    kept = [open_store(tmp_path / name) for name in ("x.zip", "x.tar")]
+    assert os.listdir("/proc/self/fd") == before
+    assert kept
