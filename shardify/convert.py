@@ -351,6 +351,7 @@ def _pack(options: PackOptions, cut: Cut, opened: _Opened, output: Output, promi
         check=options.check,
         compress=options.compress or "",
         shrink=Shrink(options.shortest_edge, options.quality) if options.shortest_edge else None,
+        is_remote=output.is_remote or any("://" in store.path for store in opened.stores),
     )
     _require_images(survey, opened.stores)
     _require_good(options, survey, context, opened.stores)

@@ -8,10 +8,10 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple, Protocol, TypeVar
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from shardify.format.tar import ShardWriter, sample_span
 from shardify.images.probe import ImageHeader, probe, same_format
 from shardify.images.resolve import Rule
 from shardify.images.stores import (
+    AMBIGUOUS,
     BY_PREFIX,
     BY_STEM,
     BY_SUFFIX,
@@ -105,6 +106,7 @@ class PackContext:
         check: how images are checked: ``header``, ``decode`` or ``none``.
         compress: ``zstd``, or empty.
         shrink: make pictures smaller; None leaves their bytes alone.
+        is_remote: whether output or images are in an object store.
     """
 
     output: Output
@@ -120,6 +122,7 @@ class PackContext:
     check: str = "header"
     compress: str = ""
     shrink: Shrink | None = None
+    is_remote: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,25 +167,38 @@ class RunContext(Protocol):
     @property
     def plan(self) -> str: ...  # noqa: D102
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards need an object store, which a process that forks later must not call."""
 
-def finished_shard(context: RunContext, tar_name: str, *, size: int | None) -> ShardInfo | None:
+
+def finished_shard(
+    context: RunContext, tar_name: str, *, size: int | None, file: BinaryIO | None
+) -> ShardInfo | None:
     """What the sidecar of a finished shard says; None when the shard is still to be packed.
 
     Args:
         context: the run.
         tar_name: the shard.
         size: its bytes, None when it is not there.
+        file: its sidecar, which is closed; None when there is none.
     """
-    name = names.sidecar_name(tar_name)
-    file = context.output.open(name) if size is not None else None
     if file is None:
         return None
     with file:
         try:
-            info = read_shard_info(name, file=file)
+            info = read_shard_info(names.sidecar_name(tar_name), file=file)
         except FormatError:
             return None
-    return info if info.plan == context.plan and info.bytes == size else None
+    return info if size is not None and info.plan == context.plan and info.bytes == size else None
+
+
+def finished_shards(context: RunContext, tar_names: Sequence[str]) -> Iterator[tuple[str, ShardInfo | None]]:
+    """Each shard, and what its sidecar says when it is finished."""
+    there = context.output.sizes()
+    sidecars = [names.sidecar_name(name) for name in tar_names]
+    for name, file in zip(tar_names, context.output.open_all(sidecars), strict=True):
+        yield name, finished_shard(context, name, size=there.get(name), file=file)
 
 
 def pack_shard(
@@ -442,6 +458,8 @@ def _locate(
         *location, store, rule, how = row
         try:
             path = "/".join(reference.parts())
+            if store == MISSING and how == AMBIGUOUS:
+                raise ImageError("image-ambiguous", "several files fit the path, and none fits best")
             if store == MISSING:
                 raise ImageError("image-missing", context.searched)
         except SampleError as error:

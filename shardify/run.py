@@ -27,7 +27,7 @@ from shardify.format.index import COLUMNS, index_rows, write_index
 from shardify.format.manifest import Append, Counts, Manifest, Shard, encode_manifest
 from shardify.format.sidecar import SetAside, ShardInfo, read_sidecar
 from shardify.outputs import Draft, Output
-from shardify.pack import Report, RunContext, ShardResult, finished_shard
+from shardify.pack import Report, RunContext, ShardResult, finished_shard, finished_shards
 from shardify.plan import Plan
 from shardify.progress import Progress
 from shardify.promise import Promise
@@ -131,8 +131,7 @@ def _make_shards(job: Job[_Context, _Task], engine: Engine) -> None:
         bad.subtract(job.known(shard))
         bad.update({code: times for code, times in set_aside.items() if code not in job.uncounted})
         if bad.total() > limit:
-            name = job.shard_names[shard]
-            info = finished_shard(job.context, name, size=output.size(name))
+            ((_, info),) = finished_shards(job.context, [job.shard_names[shard]])
             raise PackError(
                 f"{bad.total():,} of {total:,} records cannot be packed, more than --max-bad {job.max_bad} allows: "
                 f"{describe_counts(+bad)}. The same command with a higher --max-bad continues; or remove {output.place}, mend the"
@@ -140,9 +139,7 @@ def _make_shards(job: Job[_Context, _Task], engine: Engine) -> None:
             )
 
     todo = []
-    there = output.sizes()
-    for shard, name in enumerate(job.shard_names):
-        info = finished_shard(job.context, name, size=there.get(name))
+    for shard, (_, info) in enumerate(finished_shards(job.context, job.shard_names)):
         if info is None:
             todo.append(shard)
         else:
@@ -213,16 +210,16 @@ def _finish(job: Job[_Context, _Task]) -> list[str]:
     shards: list[Shard] = []
     rows = []
     there = output.sizes()
-    for number, tar in enumerate(job.shard_names, first):
-        info = finished_shard(job.context, tar, size=there.get(tar))
-        sidecar = names.sidecar_name(tar)
-        file = output.open(sidecar) if info else None
-        if info is None or file is None:
+    sidecars = [names.sidecar_name(tar) for tar in job.shard_names]
+    opened = zip(job.shard_names, sidecars, output.open_all(sidecars), strict=True)
+    for number, (tar, sidecar, file) in enumerate(opened, first):
+        with file or BytesIO() as opened_file:
+            content = opened_file.read()
+        info = finished_shard(job.context, tar, size=there.get(tar), file=BytesIO(content))
+        if info is None:
             raise PackError(
                 f"{output.place}/{tar}: changed while the data set was packed; the same command again repairs it"
             )
-        with file:
-            content = file.read()
         table = read_sidecar(sidecar, COLUMNS, file=BytesIO(content))
         infos.append(info)
         rows.append(index_rows(table, info, number))

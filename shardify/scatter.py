@@ -17,7 +17,7 @@ from shardify.errors import ImageError, PackError
 from shardify.images.resolve import Rule
 from shardify.images.spool import SPOOLED, SpoolReader
 from shardify.images.stores import LISTED, PLAIN_FILE, ImageStore, Location
-from shardify.pack import PackContext, finished_shard, name_in_store
+from shardify.pack import PackContext, finished_shards, name_in_store
 from shardify.plan import Plan
 from shardify.prepare import prepare
 from shardify.progress import Progress
@@ -66,12 +66,8 @@ def scatter_images(
     Raises:
         PackError: there is too little room, or a store cannot be read.
     """
-    there = context.output.sizes()
-    todo = [
-        shard
-        for shard, name in enumerate(shard_names)
-        if finished_shard(context, name, size=there.get(name)) is None
-    ]
+    finished = finished_shards(context, shard_names)
+    todo = [shard for shard, (_, info) in enumerate(finished) if info is None]
     rows = _rows_in_order(survey, plan, todo)
     if not len(rows):
         return context

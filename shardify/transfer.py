@@ -78,6 +78,11 @@ class TransferContext:
     compress: str = ""
     shrink: Shrink | None = None
 
+    @property
+    def is_remote(self) -> bool:
+        """See `RunContext`."""
+        return self.output.is_remote
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TransferTask:

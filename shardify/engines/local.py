@@ -46,7 +46,7 @@ def run_shards(
         execute: makes one shard: `shardify.pack.pack_shard`, say.
         context: what all tasks share.
         tasks: the shards.
-        workers: processes; 1 works in this one, unless the output is remote.
+        workers: processes; 1 works in this one, unless something is remote.
         report: is told how far the shards are, several times a second for each worker.
 
     Yields:
@@ -55,7 +55,7 @@ def run_shards(
     Raises:
         PackError: a shard failed, or its worker was killed.
     """
-    if workers == 1 and not context.output.is_remote:
+    if workers == 1 and not context.is_remote:
         for task in tasks:
             yield execute(context, task, report)
         return

@@ -3,6 +3,7 @@
 Whatever the place, a name that exists is complete: what is written appears under its name all at once, or not at all.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import BinaryIO, Protocol, Self
 
@@ -56,6 +57,10 @@ class Output(Protocol):
 
     def open(self, name: str) -> BinaryIO | None:
         """A file opened for reading; None when there is none."""
+        ...
+
+    def open_all(self, names: Sequence[str]) -> Iterator[BinaryIO | None]:
+        """As `open`, one after another; many at a time where each takes a while."""
         ...
 
     def size(self, name: str) -> int | None:

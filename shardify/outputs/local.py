@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import BinaryIO, Self
@@ -96,6 +96,10 @@ class LocalOutput:
             return open(self._path(name), "rb")
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def open_all(self, names: Sequence[str]) -> Iterator[BinaryIO | None]:
+        """See `Output`."""
+        return (self.open(name) for name in names)
 
     def size(self, name: str) -> int | None:
         """See `Output`."""

@@ -11,7 +11,8 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -22,6 +23,10 @@ import xxhash
 from shardify.errors import PackError
 from shardify.format import names, objects
 from shardify.format.bucket import join_url, require_writable
+from shardify.format.child import in_child
+
+_TOGETHER = 32
+"""Small objects that are got at the same time."""
 
 _SHARDS = (names.TAR, names.TAR + ".zst")
 
@@ -57,6 +62,12 @@ class RemoteOutput:
         """See `Output`; the object is held in memory."""
         content = objects.get(self._url(name))
         return None if content is None else BytesIO(content)
+
+    def open_all(self, names: Sequence[str]) -> Iterator[BinaryIO | None]:
+        """See `Output`."""
+        for first in range(0, len(names), _TOGETHER):
+            for content in in_child(_get_all, [self._url(name) for name in names[first : first + _TOGETHER]]):
+                yield None if content is None else BytesIO(content)
 
     def size(self, name: str) -> int | None:
         """See `Output`."""
@@ -108,6 +119,11 @@ class RemoteOutput:
 
     def _url(self, name: str) -> str:
         return join_url(self.place, name)
+
+
+def _get_all(urls: Sequence[str]) -> list[bytes | None]:
+    with ThreadPoolExecutor(_TOGETHER) as pool:
+        return list(pool.map(objects.get, urls))
 
 
 def _claim_folder(place: str) -> tuple[str, int]:
