@@ -2,9 +2,9 @@
 
 import json
 
-from benchmarks import loading, packing, runner
+from benchmarks import loading, pack, runner
 
 print(json.dumps(runner.machine(), indent=1))
 loading.compare(rounds=5, samples=3072)
-packing.compare(rounds=3, total=2_100_000_000)
+pack.compare(rounds=3, total=2_100_000_000)
 print(f"\nresults are in {runner.RESULTS}")

@@ -77,16 +77,29 @@ def save(name: str, comparison: Comparison, **facts: Any) -> Path:
     """Write results/NAME.json: the machine, the facts, every round and the medians."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    content = {"machine": machine(), **facts, **described(comparison)}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def save_part(name: str, part: str, result: Mapping[str, Any]) -> Path:
+    """Write one part of results/NAME.json, with the machine it was measured on; other parts stay."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    content[part] = {"machine": machine(), **result}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def described(comparison: Comparison) -> dict[str, Any]:
+    """The medians and every round."""
     names = list(comparison.rounds[0])
-    content = {
-        "machine": machine(),
-        **facts,
+    return {
         "unit": comparison.unit,
         "median": {n: round(comparison.median(n), 1) for n in names},
         "rounds": [{n: round(rate, 1) for n, rate in rates.items()} for rates in comparison.rounds],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
 
 
 def photos(minimum: int = 1) -> tuple[str, list[bytes]]:
