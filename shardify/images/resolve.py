@@ -30,6 +30,7 @@ from shardify.errors import RecordError, UsageError
 from shardify.images.archives import ArchiveStore
 from shardify.images.listing import Kind, stem_of
 from shardify.images.stores import (
+    AMBIGUOUS,
     BY_PREFIX,
     BY_STEM,
     BY_SUFFIX,
@@ -72,7 +73,7 @@ class Located:
     """Where images are.
 
     Attributes:
-        rows: [n] of `LOCATION_DTYPE`; `store` is the store's number, or MISSING.
+        rows: [n] of `LOCATION_DTYPE`; `store` is the store's number, or MISSING (then `how` may be AMBIGUOUS).
         codes: the reason code of each image's fault, empty when it was found: ``image-missing``, ``image-ambiguous``,
             ``image-path-unsafe``, ``image-unreadable`` or ``image-too-large``.
     """
@@ -211,7 +212,7 @@ class Resolver:
             chosen = self._choose(found)
             for owner, row in chosen.items():
                 if row is None:
-                    codes[owner] = "image-ambiguous"
+                    codes[owner], rows["how"][owner] = "image-ambiguous", AMBIGUOUS
                 else:
                     rows[owner] = row
                     rows["rule"][owner], rows["how"][owner] = rule, BY_STEM if stems else BY_SUFFIX

@@ -31,7 +31,7 @@ LOCATION_DTYPE = np.dtype(
         ("method", "<i2"),  # a zip's compression method, or one of the constants below
         ("store", "<i2"),  # the store's number; MISSING when the image is nowhere
         ("rule", "<u2"),  # the resolver's rule that was applied to the path; 0 is the path as it stands
-        ("how", "u1"),  # EXACT, BY_PREFIX, BY_SUFFIX or BY_STEM
+        ("how", "u1"),  # EXACT, BY_PREFIX, BY_SUFFIX or BY_STEM; of what is MISSING, perhaps AMBIGUOUS
     ]
 )
 PLAIN_FILE = -1  # a file or an object, known by its name
@@ -41,7 +41,7 @@ UNSEEN = -3
 LISTED = -4  # a file known by its place in the store's own listing: `offset` is that number
 SPARSE_FILE = -6  # a tar's member that is stored in pieces
 MISSING = -1
-EXACT, BY_PREFIX, BY_SUFFIX, BY_STEM = range(4)
+EXACT, BY_PREFIX, BY_SUFFIX, BY_STEM, AMBIGUOUS = range(5)
 STORED, DEFLATED = 0, 8  # as zips number them; a tar's members are STORED
 READABLE_METHODS = (STORED, DEFLATED)
 

@@ -1,6 +1,9 @@
 """Images are found where their paths say, or where only one file can be meant; a wrong picture is worse than a missing one."""
 
+import io
+import json
 import os
+import tarfile
 import time
 import zipfile
 import zlib
@@ -9,8 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from shardify.convert import PackOptions, pack_dataset
 from shardify.errors import PackError, UsageError
+from shardify.format.manifest import read_manifest
 from shardify.images import folders, stores
 from shardify.images.archives import make_store
 from shardify.images.folders import FolderStore
@@ -414,3 +420,51 @@ def test_a_million_names_of_one_file_are_told_apart_quickly():
     assert listing.matches(["image.jpg"] * 1000, Kind.ENDING)[999] == list(range(8))
     assert listing.find([names[77_777]]).tolist() == [77_777]
     assert time.monotonic() - begin < 5
+
+
+def test_packed_images_are_those_that_were_found_and_the_rest_has_reasons(tmp_path):
+    def picture(colour):
+        buffer = io.BytesIO()
+        Image.new("L", (9, 9), colour).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    root, zipped, tarred = tmp_path / "root", tmp_path / "x.zip", tmp_path / "y.tar"
+    for colour, name in enumerate(
+        ("a/exact.png", "b/deep/end.png", "c/two.png", "d/two.png", "a/stem.PNG", "m/7.png")
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture(colour))
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("data/wiki/1.png", picture(10))
+        archive.writestr("list.txt", "no picture")
+    with tarfile.open(tarred, "w") as archive:
+        for name in ("ocr/1.png", "list.txt"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(picture(11))
+            archive.addfile(entry, io.BytesIO(picture(11)))
+    wanted = {
+        "a/exact.png": 0, "deep/end.png": 1, "two.png": None, "a/stem.jpg": 4, "wiki/1.png": 10, "images/ocr/1.jpg": 11, "no.png": None
+    }  # fmt: skip
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    records = [{"id": name, "image": name, "conversations": turns} for name in wanted]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    out = tmp_path / "out"
+    images = (root, zipped, tarred)
+    pack_dataset(
+        PackOptions(records=[tmp_path / "records.json"], images=images, out=out, max_bad="100%", workers=1)
+    )
+    found = {}
+    with tarfile.open(out / "000.tar") as shard:
+        content = {member.name: shard.extractfile(member).read() for member in shard}
+    for name, data in content.items():
+        if name.endswith(".json"):
+            found[json.loads(data)["image"]] = content[name.replace(".json", ".png")]
+    assert found == {name: picture(colour) for name, colour in wanted.items() if colour is not None}
+    lines = map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())
+    reasons = {line["image"]: line["code"] for line in lines}
+    assert reasons == {"two.png": "image-ambiguous", "no.png": "image-missing"}
+    notes = read_manifest(out / "manifest.json").counts.notes
+    assert {code: notes[code] for code in ("image-by-suffix", "image-by-stem")} == {
+        "image-by-suffix": 2,
+        "image-by-stem": 2,
+    }
