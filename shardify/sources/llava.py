@@ -135,7 +135,8 @@ def split_records(
     name = os.path.basename(path) if name is None else name
     called = path if called is None else called
     try:
-        with open(path, "rb") as file:
+        # without waiting for a pipe's other end
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             stamp = _stamp(file.fileno())
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise SourceError(

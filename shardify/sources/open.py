@@ -229,6 +229,8 @@ def _is_compressed(path: str) -> bool:
 
 
 def _start(path: str) -> bytes:
+    if not os.path.isfile(path):  # opening a pipe may wait for ever
+        return b""
     try:
         with open(path, "rb") as file:
             return file.read(_TAR_MAGIC.stop)
