@@ -1,4 +1,4 @@
-# make shards | train | test | bench | lint   each sets up .venv first, when it is missing or its requirements changed
+# make shards | train | test | interop | bench | lint   each sets up .venv first, when it is missing or its requirements changed
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ PACK_OPTIONS ?=
 NPROC ?= 2
 TRAIN_OPTIONS ?=
 
-.PHONY: shards train test bench lint clean
+.PHONY: shards train test interop bench lint clean
 
 shards: $(READY)
 ifeq ($(strip $(RECORDS)),)
@@ -28,6 +28,10 @@ train: shards
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# our shards in other loaders' own environment, .venv-interop
+interop: $(READY)
+	tests/interop/run.sh
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
@@ -47,4 +51,4 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo
+	rm -rf $(VENV) .venv-interop build *.egg-info demo
