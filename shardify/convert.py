@@ -102,6 +102,7 @@ class _Opened:
     specs: Sequence[SourceSpec]
     files: Sequence[RecordFile]
     stores: Sequence[ImageStore]
+    spool: str  # the folder with what had to be spooled, empty when nothing had
 
     @property
     def embedded(self) -> list[SpoolReader]:
@@ -211,7 +212,7 @@ def _open(options: PackOptions, specs: Sequence[SourceSpec], spool: str) -> _Ope
     files = [open_source(spec, spool=spool) for spec in specs]
     stores = [StoreSpec(os.fspath(path)) for path in options.images]
     return _Opened(
-        specs, files, [open_store(store.path, store.mount) for store in (*stores, *options.stores)]
+        specs, files, [open_store(store.path, store.mount) for store in (*stores, *options.stores)], spool
     )
 
 
@@ -370,7 +371,12 @@ def _pack(options: PackOptions, cut: Cut, opened: _Opened, output: Output, promi
     ]
     if options.read_order:
         context = scatter_images(
-            context, survey, plan, shard_names=shard_names, stores=opened.stores, spool=output.spool
+            context,
+            survey,
+            plan,
+            shard_names=shard_names,
+            stores=opened.stores,
+            spool=opened.spool or output.spool(),
         )
 
     def numbers_of(shard: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -6,7 +6,7 @@ the disk space of all images that are not packed yet, and the memory of a few of
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from shardify.readahead import read_ahead
 from shardify.sources.llava import open_unchanged
 from shardify.survey import Survey
 
-_SPOOL = "images"
+_SPOOL = "images-in-order"
 _FIELDS = ["offset", "stored", "size", "crc", "method", "store"]
 _NO_RULE = Rule("", "")
 
@@ -46,7 +46,7 @@ def scatter_images(
     *,
     shard_names: Sequence[str],
     stores: Sequence[ImageStore],
-    spool: Callable[[], str],
+    spool: str,
 ) -> PackContext:
     """Read the images of all unfinished shards in their stores' order; the survey then says where they are in the spool.
 
@@ -58,7 +58,7 @@ def scatter_images(
         plan: which shard wants which record.
         shard_names: the shards.
         stores: where the images are.
-        spool: makes an empty folder.
+        spool: a folder for the file.
 
     Returns:
         The context with one more reader.
@@ -74,7 +74,7 @@ def scatter_images(
     sizes = survey.images["size"][rows]
     places = np.zeros(len(survey.images), np.int64)
     places[rows] = np.cumsum(sizes) - sizes
-    path = os.path.join(spool(), _SPOOL)
+    path = os.path.join(spool, _SPOOL)
     _require_room(path, int(sizes.sum()))
     store = len(context.readers)
 

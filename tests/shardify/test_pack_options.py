@@ -10,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -237,6 +239,17 @@ def test_reading_in_order_gives_the_same_shards(source, place):
     plain = pack(source, images=[images], max_bad="3")
     assert plain.counts.set_aside == {"image-missing": 1, "image-unrecognised": 1}
     pack(source, images=[images], max_bad="3", read_order=True, out=source / "ordered", workers=2)
+    assert tree(source / "out") == tree(source / "ordered")
+
+
+def test_images_that_came_with_their_records_can_be_put_in_order(source):
+    rows = [{"id": n, "image": {"bytes": jpeg(n), "path": f"{n}.jpg"}, "conversations": record(n, "x")["conversations"]}
+            for n in range(20)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), source / "rows.parquet", row_group_size=7)
+    sources = {"records": [source / "rows.parquet", source / "chat.json"]}
+    plain = pack(source, **sources)
+    assert plain.counts.packed == 50
+    pack(source, **sources, read_order=True, out=source / "ordered", workers=2)
     assert tree(source / "out") == tree(source / "ordered")
 
 
