@@ -4,6 +4,7 @@ From the page cache or a good disk a read takes a tenth of a millisecond, and th
 systems, object stores and turning disks it waits for milliseconds, and many reads can wait together.
 """
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,12 +15,16 @@ from typing import TypeVar
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-THREADS = 32
+THREADS = 64
 _SLOW = 1e-3  # seconds a read, beyond its bytes at
 _RATE = 500e6  # bytes/s
 _TRIED = 16  # reads before they are judged
+_TRIED_AGAIN = 2  # when they had to wait the last time
+_SWITCH = 5e-4  # seconds
 _MAX_BYTES = 128 * 1024 * 1024  # that are under way
 _MAX_ITEMS = 8 * THREADS
+
+_waited = False
 
 
 def read_ahead(
@@ -37,18 +42,28 @@ def read_ahead(
         size: bytes that reading an item will take, which bound what is held in memory.
         threads: how many reads wait together.
     """
+    global _waited  # noqa: PLW0603 - what this process's reads were like the last time
     waiting = iter(items)
     excess = 0.0
+    tried = _TRIED_AGAIN if _waited else _TRIED
+    _waited = False
     for count, item in enumerate(waiting, 1):
         begin = time.monotonic()
         result = read(item)
         excess += time.monotonic() - begin - size(item) / _RATE
         yield item, result
-        if count % _TRIED == 0:
-            if excess > _TRIED * _SLOW:
+        if count % tried == 0:
+            if excess > tried * _SLOW:
+                _waited = True
                 break
-            excess = 0.0
-    yield from _in_threads(read, waiting, size=size, threads=threads)
+            excess, tried = 0.0, _TRIED
+    # threads that come back from waiting must not wait once more, for the interpreter: 5 ms is Python's default
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH)
+    try:
+        yield from _in_threads(read, waiting, size=size, threads=threads)
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _in_threads(
