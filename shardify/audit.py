@@ -73,7 +73,7 @@ NOTES: Mapping[str, str] = {
     "image-shrunk": "an image was made smaller, as --shortest-edge asks",
     "image-extension-differs": "an image is stored under its sniffed format, which its name's extension does not say",
     "record-tolerant": "the record is JSON only to a tolerant reader (NaN, a lone surrogate, a byte order mark)",
-    "record-messages": "the record was OpenAI's `messages` and is stored in LLaVA's form",
+    "record-messages": "the record was OpenAI's `messages`, or the Cauldron's `texts`, and is stored in LLaVA's form",
     "record-image-field": "the image stood in another field than `image` (such as `input_image` or `images`) and is stored in LLaVA's form",
     "caption-kept": "there is no other caption for the image: the record keeps its own",
     "field-dropped": "the source has a value that a record cannot hold (bytes that are no image, NaN, infinity): it is left out or null",

@@ -1,4 +1,4 @@
-r"""Records in other schemas become LLaVA's: OpenAI's `messages`, and images under other names than `image`. Pure.
+r"""Records in other schemas become LLaVA's: OpenAI's `messages`, the Cauldron's `texts`, and images under other names than `image`. Pure.
 
     {"id": 1, "messages": [{"role": "system", "content": "Be brief."},
                            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.jpg"}},
@@ -7,6 +7,12 @@ r"""Records in other schemas become LLaVA's: OpenAI's `messages`, and images und
 becomes
     {"id": 1, "system_prompt": "Be brief.", "image": "a.jpg",
      "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]}
+
+and of the Cauldron (and FineVision), whose texts do not say where the images stand: in front of them, as its readers have it
+    {"images": ["a.jpg"], "texts": [{"user": "What is it?", "assistant": "A cat.", "source": "COCO"}]}
+becomes
+    {"image": ["a.jpg"], "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
+                                           {"from": "gpt", "value": "A cat.", "source": "COCO"}]}
 
 Fields keep their order, and what has no place in LLaVA's form keeps its name: other fields of the record, of a message (in its turn) and of an
 image part (`image_info`, one object an image). LLaVA's templates stop at a system turn, so a leading one becomes the field `system_prompt`.
@@ -22,7 +28,7 @@ FROM_MESSAGES = "record-messages"
 FROM_FIELD = "record-image-field"
 
 _IMAGE_FIELDS = ("images", "input_image", "image_path", "image_paths", "img", "img_path")
-HINTS = tuple(f'"{name}"'.encode() for name in ("messages", "content", *_IMAGE_FIELDS))
+HINTS = tuple(f'"{name}"'.encode() for name in ("messages", "content", "texts", *_IMAGE_FIELDS))
 """A record without any of these bytes has nothing of another schema in it."""
 
 _ROLES = {"user": "human", "assistant": "gpt"}
@@ -67,7 +73,10 @@ def to_llava(record: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]
     turns: list[dict[str, Any]] = []
     if turns_field:
         notes.append(FROM_MESSAGES)
-        for number, message in enumerate(_messages(record[turns_field], turns_field)):
+        messages = record[turns_field]
+        if turns_field == "texts":
+            messages = _of_pairs(messages, len(given) if isinstance(given, list) else int(bool(given)))
+        for number, message in enumerate(_messages(messages, turns_field)):
             turn = _turn(message, number, found)
             if (
                 number == 0
@@ -100,16 +109,39 @@ def _image_field(record: Mapping[str, Any]) -> str:
 
 
 def _filled(value: Any) -> bool:
-    return any(value) if isinstance(value, list) else bool(value)
+    """Whether there are images; a number, as of how many there are, is none."""
+    return any(value) if isinstance(value, list) else bool(value) and isinstance(value, str | dict)
 
 
 def _turns_field(record: Mapping[str, Any]) -> str:
     """Where messages stand that are not LLaVA's; empty when nowhere."""
     turns = record.get("conversations")
     if turns is None or turns == []:
-        return "messages" if "messages" in record else ""
+        return "messages" if "messages" in record else "texts" if _are_pairs(record.get("texts")) else ""
     first = turns[0] if isinstance(turns, list) else None
     return "conversations" if isinstance(first, dict) and "role" in first and "from" not in first else ""
+
+
+def _are_pairs(value: Any) -> bool:
+    """Whether these are the Cauldron's texts."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and {"user", "assistant"} <= item.keys() for item in value)
+    )
+
+
+def _of_pairs(pairs: Sequence[Mapping[str, Any]], images: int) -> list[dict[str, Any]]:
+    """The Cauldron's texts as messages, with as many ``<image>`` in front as there are images."""
+    messages = []
+    for pair in pairs:
+        rest = {key: value for key, value in pair.items() if key not in ("user", "assistant")}
+        messages.append({"role": "user", "content": pair["user"]})
+        messages.append({"role": "assistant", "content": pair["assistant"]} | rest)
+    asked = messages[0]["content"]
+    if isinstance(asked, str) and not any(_TOKEN in str(message["content"]) for message in messages):
+        messages[0]["content"] = f"{_TOKEN}\n" * images + asked
+    return messages
 
 
 def _paths(value: Any) -> Any:

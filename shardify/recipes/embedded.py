@@ -35,9 +35,9 @@ class ParquetTable:
                 )
         except (OSError, pa.ArrowException) as error:
             raise SourceError(f"{path}: cannot be read as Parquet ({error})") from None
-        if not {"conversations", "messages"}.intersection(names):
+        if not {"conversations", "messages", "texts"}.intersection(names):
             raise SourceError(
-                f"{path}: has the columns {', '.join(names[:10])}; 'conversations' or 'messages' is needed"
+                f"{path}: has the columns {', '.join(names[:10])}; 'conversations', 'messages' or 'texts' is needed"
             )
         self._column = next((name for name in _COLUMNS if name in names), None)
 

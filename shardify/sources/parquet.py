@@ -28,6 +28,7 @@ from shardify.sources.spool import FIELD_DROPPED, Spool
 
 _BATCH_BYTES = 32 * 1024 * 1024
 _BATCH_ROWS = 4096
+_BATCH_IMAGES = 64  # rows; of one image for all, a row group says only its size once
 _IMAGE_COLUMNS = ("image", "images")
 _TURN_COLUMNS = ("conversations", "messages")
 _Rows = npt.NDArray[np.int64]
@@ -49,9 +50,9 @@ def read_parquet(paths: Sequence[str], spool: Spool) -> None:
             repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
             if repeated:
                 raise SourceError(f"{path}: two columns are named {repeated[0]!r}; rename one")
-            image_column = _image_column(schema)
+            image_column = _image_column(schema, path)
             row = 0
-            for batch in _batches(file, path):
+            for batch in _batches(file, path, _BATCH_IMAGES if image_column else _BATCH_ROWS):
                 _add_rows(batch, image_column, spool, where=f"{path}: row {row}")
                 row += batch.num_rows
 
@@ -68,7 +69,7 @@ def spool_bytes(paths: Sequence[str]) -> tuple[int, bool]:
             total += sum(
                 file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups)
             )
-            embeds |= bool(_image_column(file.schema_arrow))
+            embeds |= bool(_image_column(file.schema_arrow, path))
     return total, embeds
 
 
@@ -82,12 +83,12 @@ def _opened(path: str) -> pq.ParquetFile:
         ) from None
 
 
-def _batches(file: pq.ParquetFile, path: str) -> Iterator[pa.RecordBatch]:
+def _batches(file: pq.ParquetFile, path: str, most: int) -> Iterator[pa.RecordBatch]:
     row = 0
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         size = max(1, group.total_byte_size // max(1, group.num_rows))
-        rows = min(_BATCH_ROWS, max(1, _BATCH_BYTES // size))
+        rows = min(most, max(1, _BATCH_BYTES // size))
         try:
             for batch in file.iter_batches(batch_size=rows, row_groups=[number], use_threads=False):
                 row += batch.num_rows
@@ -102,17 +103,30 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def _image_column(schema: pa.Schema) -> str:
-    """The column that images come in; empty when there is none."""
+def _image_column(schema: pa.Schema, path: str) -> str:
+    """The column that images come in; empty when there is none.
+
+    Raises:
+        SourceError: several may be meant.
+    """
     for name in _IMAGE_COLUMNS:
         if name in schema.names and _holds_bytes(schema.field(name).type):
             return name
     structs = [field.name for field in schema if _is_image_struct(_inner(field.type))]
+    if len(structs) > 1 and not set(_IMAGE_COLUMNS).intersection(schema.names):
+        raise SourceError(
+            f"{path}: images in the columns {', '.join(map(repr, structs))}; rename one 'image', or put them into a list 'images'"
+        )
     return structs[0] if len(structs) == 1 else ""
 
 
 def _inner(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    return kind.value_type if _is_list(kind) else kind
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    types = pa.types
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -167,13 +181,21 @@ def _add_rows(batch: pa.RecordBatch, image_column: str, spool: Spool, *, where: 
         data: list[bytes | None] = []
         for name, column in zip(names, batch.schema.names, strict=True):
             if column != image_column:
-                record.setdefault(name, columns[column][row])
-            elif any(images[row].paths) or any(item is not None for item in images[row].data):
+                if name == "image" and image_column and _has_image(images[row]):
+                    if columns[column][row] is not None:
+                        dropped.add(row)  # the picture takes its place
+                    continue
+                record[name] = columns[column][row]
+            elif _has_image(images[row]):
                 data = images[row].data
                 named = _names(images[row], len(spool))
                 record["image"] = named if images[row].is_list else named[0]
         notes = (FIELD_DROPPED,) if row in dropped else ()
         spool.add(encode_record(record), data, notes=notes)
+
+
+def _has_image(images: _Images) -> bool:
+    return any(images.paths) or any(item is not None for item in images.data)
 
 
 def _names(images: _Images, row: int) -> list[str]:
@@ -203,8 +225,10 @@ def _safe(path: str) -> str:
 
 
 def _images(array: pa.Array) -> list[_Images]:
+    is_list = _is_list(array.type)
+    if pa.types.is_fixed_size_list(array.type):  # flattened, it would leave nulls their places
+        array = array.cast(pa.list_(array.type.value_type))
     inner = _inner(array.type)
-    is_list = inner is not array.type
     flat = array.flatten() if is_list else array
     data: list[bytes | None]
     paths: list[str | None]
@@ -297,7 +321,7 @@ def _values(array: pa.Array, rows: _Rows, dropped: set[int]) -> list[Any]:
     if types.is_map(kind):
         entry = pa.struct([pa.field("key", kind.key_type), pa.field("value", kind.item_type)])
         return _values(array.cast(pa.list_(entry)), rows, dropped)
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    if _is_list(kind):
         if types.is_fixed_size_list(kind):
             array = array.cast(pa.list_(kind.value_type))
         lengths = _list_lengths(array)

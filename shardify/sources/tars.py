@@ -207,17 +207,16 @@ def _in_order(images: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def _match(paths: Sequence[str], images: Mapping[str, bytes], key: str) -> list[str]:
-    """For each image of a record the member that holds it, empty when none does: one after another, or by name, or by format."""
-    if len(paths) == len(images):
-        return list(images)
+    """For each image of a record the member that holds it, empty when none does: by name, or one after another, or by format."""
     files = {f"{os.path.basename(key)}.{name}".lower(): name for name in images}
+    named = [files.get(os.path.basename(path).lower(), "") for path in paths]
+    if len(paths) == len(images):
+        return named if set(named) == set(images) else list(images)
     formats = {IMAGE_FORMATS[name]: name for name in images if name in IMAGE_FORMATS}
-    found = []
-    for path in paths:
-        extension = path.rpartition(".")[2].lower()
-        by_format = formats.get(IMAGE_FORMATS.get(extension, extension), "") if len(paths) == 1 else ""
-        found.append(files.get(os.path.basename(path).lower(), by_format))
-    return found
+    if len(paths) == 1 and not named[0]:
+        extension = paths[0].rpartition(".")[2].lower()
+        named = [formats.get(IMAGE_FORMATS.get(extension, extension), "")]
+    return named
 
 
 def _as_text(data: bytes) -> str | None:

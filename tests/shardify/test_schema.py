@@ -166,6 +166,25 @@ def test_a_list_of_images_beside_messages():
     assert converted(marked)[0]["conversations"][0]["value"] == "<image>what?"
 
 
+def test_the_cauldrons_texts_become_turns():
+    texts = [{"user": "What is it?", "assistant": "A cat.", "source": "COCO"}]
+    new, notes = converted({"images": ["a.jpg", "b.jpg"], "texts": texts, "rating": 5})
+    assert list(new) == ["image", "conversations", "rating"]
+    assert new["conversations"] == [
+        {"from": "human", "value": "<image>\n<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A cat.", "source": "COCO"},
+    ]
+    assert notes == ("record-messages", "record-image-field")
+    # texts that are no such pairs are a field as any other
+    assert to_llava({"texts": ["a"], "conversations": []}) is None
+    assert refused({"texts": [{"user": None, "assistant": "x"}]}) == "bad-turn"
+
+
+def test_how_many_images_there_are_is_no_image():
+    raw = json.dumps({"images": 2, "conversations": [{"from": "human", "value": "?"}]}).encode()
+    assert prepare(raw).raw is raw
+
+
 def test_turns_with_roles_under_llavas_name():
     new, _ = converted({"conversations": [ASK, ANSWER], "messages": "kept", "image": "a.jpg"})
     assert new["conversations"][1] == {"from": "gpt", "value": "A cat."}

@@ -5,6 +5,8 @@ import decimal
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +125,96 @@ def test_lists_of_images(tmp_path):
     assert [prepare(json.dumps(record).encode()).notes for record in records(file)] == [
         ("record-messages",)
     ] * 6
+
+
+def test_lists_of_one_length(tmp_path):
+    a, b = picture(1), picture(2)
+    pair = [{"bytes": a, "path": "x.png"}, {"bytes": b, "path": "y.png"}]
+    columns = {"images": [pair, None, pair], "conversations": [TURNS] * 3}
+    path = write(tmp_path / "a.parquet", columns, {"images": pa.list_(IMAGE_TYPE, 2)})
+    file = opened(path, tmp_path / "spool")
+    assert [record.get("image") for record in records(file)] == [["x.png", "y.png"], None, ["x.png", "y.png"]]
+    assert images(file) == [[a, b], [], [a, b]]
+    assert file.notes == {}
+
+
+def test_the_layout_of_the_cauldron(tmp_path):
+    a, b = picture(1), picture(2)
+    texts = [
+        {"user": "Which?", "assistant": "The left.", "source": "NLVR2"},
+        {"user": "Sure?", "assistant": "Yes.", "source": "NLVR2"},
+    ]
+    marked = [{"user": "<image> or <image>?", "assistant": "The left.", "source": "x"}]
+    pictures = [{"bytes": a, "path": None}, {"bytes": b, "path": None}]
+    columns = {"images": [pictures, [], pictures], "texts": [texts, texts, marked]}
+    path = write(tmp_path / "a.parquet", columns, {"images": pa.list_(IMAGE_TYPE)})
+    file = opened(path, tmp_path / "spool")
+    assert images(file) == [[a, b], [], [a, b]]
+    content = Path(file.path).read_bytes()
+    prepared = [
+        prepare(content[o : o + n]) for o, n in zip(file.offsets.tolist(), file.lengths.tolist(), strict=True)
+    ]
+    asked = [json.loads(one.raw)["conversations"][0]["value"] for one in prepared]
+    assert asked == ["<image>\n<image>\nWhich?", "Which?", "<image> or <image>?"]
+    assert json.loads(prepared[0].raw) == {
+        "image": ["000000000.0.png", "000000000.1.png"],
+        "conversations": [
+            {"from": "human", "value": "<image>\n<image>\nWhich?"},
+            {"from": "gpt", "value": "The left.", "source": "NLVR2"},
+            {"from": "human", "value": "Sure?"},
+            {"from": "gpt", "value": "Yes.", "source": "NLVR2"},
+        ],
+    }
+    assert [one.notes for one in prepared] == [("record-messages",)] * 3
+
+
+def test_several_columns_of_images_are_not_lost(tmp_path):
+    struct = {"bytes": picture(1), "path": None}
+    types = {"image_1": IMAGE_TYPE, "image_2": IMAGE_TYPE, "mask": IMAGE_TYPE}
+    path = write(tmp_path / "a.parquet", {"image_1": [struct], "image_2": [struct]}, types)
+    with pytest.raises(SourceError, match="'image_1', 'image_2'; rename one 'image'"):
+        opened(path, tmp_path / "spool")
+    columns = {"mask": [struct], "image": [struct], "conversations": [TURNS]}
+    file = opened(write(tmp_path / "b.parquet", columns, types | {"image": IMAGE_TYPE}), tmp_path / "spool")
+    assert images(file) == [[struct["bytes"]]]
+    assert file.notes["field-dropped"].tolist() == [0]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_picture_takes_the_place_of_a_path(tmp_path, last):
+    struct = {"bytes": picture(1), "path": "a.png"}
+    columns = {"image": ["b.jpg", "c.jpg", None], "picture": [struct, None, struct]}
+    columns = dict(reversed(columns.items())) if last else columns
+    path = write(tmp_path / "a.parquet", columns | {"conversations": [TURNS] * 3}, {"picture": IMAGE_TYPE})
+    file = opened(path, tmp_path / "spool")
+    assert [record["image"] for record in records(file)] == ["a.png", "c.jpg", "a.png"]
+    assert images(file) == [[struct["bytes"]], [None], [struct["bytes"]]]
+    assert file.notes["field-dropped"].tolist() == [0]
+
+
+def test_one_large_image_in_every_row_takes_little_memory(tmp_path):
+    # of a dictionary, the row group says the size of one
+    large = {"bytes": os.urandom(900_000), "path": "a.png"}
+    rows = 600
+    path = write(
+        tmp_path / "a.parquet",
+        {"image": [large] * rows, "conversations": [TURNS] * rows},
+        {"image": IMAGE_TYPE, "conversations": TURN_TYPE},
+    )
+    assert path.stat().st_size < 2_000_000
+    code = (
+        "import resource, sys\n"
+        "from shardify.sources.open import open_source\n"
+        "from shardify.sources.spec import SourceSpec\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "file = open_source(SourceSpec(path=sys.argv[1]), spool=sys.argv[2])\n"
+        "print(len(file.offsets), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "spool")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    count, kib = map(int, done.stdout.split())
+    assert count == rows
+    assert kib < 300 * 1024
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.list_(pa.binary())])

@@ -160,9 +160,11 @@ def test_images_are_matched_to_what_the_record_names(tmp_path):
         *(("2.jpg", A), ("2.json", record("here/2.jpg", "elsewhere.jpg"))),
         *(("3.json", record("elsewhere.jpg")),),
         *(("4.left.jpg", A), ("4.right.jpg", B), ("4.json", {"id": "1", "conversations": TURNS})),
+        # tar(1) had them in the order of their names, the record in its own
+        *(("5.after.jpg", A), ("5.before.jpg", B), ("5.json", record("x/5.before.jpg", "x/5.after.jpg"))),
     ]
     file = opened(write(tmp_path / "a.tar", members), tmp_path / "spool")
-    assert images(file) == [[B, A], [A], [A, None], [None], [A, B]]
+    assert images(file) == [[B, A], [A], [A, None], [None], [A, B], [B, A]]
     assert records(file)[4]["image"] == ["4.left.jpg", "4.right.jpg"]
     assert dropped(file) == [1]
 
