@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from dataclasses import dataclass
 from typing import TypeVar
 
 _Item = TypeVar("_Item")
@@ -22,7 +22,8 @@ _TRIED = 16  # reads before they are judged
 _TRIED_AGAIN = 2  # when they had to wait the last time
 _SWITCH = 5e-4  # seconds
 _MAX_BYTES = 128 * 1024 * 1024  # that are under way
-_MAX_ITEMS = 8 * THREADS
+_GROUP = 4  # items that a thread reads one after another
+_GROUP_BYTES = 2 * 1024 * 1024
 
 _waited = False
 
@@ -66,6 +67,11 @@ def read_ahead(
         sys.setswitchinterval(before)
 
 
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    error: Exception
+
+
 def _in_threads(
     read: Callable[[_Item], _Result],
     waiting: Iterator[_Item],
@@ -73,22 +79,49 @@ def _in_threads(
     size: Callable[[_Item], int],
     threads: int,
 ) -> Iterator[tuple[_Item, _Result]]:
-    ahead: deque[tuple[_Item, int, Future[_Result]]] = deque()
+    def read_each(group: list[_Item]) -> list[_Result | _Raised]:
+        return [_outcome(read, item) for item in group]
+
+    ahead: deque[tuple[list[_Item], int, Future[list[_Result | _Raised]]]] = deque()
     held = 0
-    first = next(waiting, None)
-    if first is None:
+    groups = _groups(waiting, size)
+    following = next(groups, None)
+    if following is None:
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
         try:
-            item: _Item | None = first
-            while item is not None or ahead:
-                while item is not None and (not ahead or (held < _MAX_BYTES and len(ahead) < _MAX_ITEMS)):
-                    weight = size(item)
-                    ahead.append((item, weight, pool.submit(read, item)))
+            while following is not None or ahead:
+                while following and (not ahead or (held < _MAX_BYTES and len(ahead) < 2 * threads)):
+                    group, weight = following
+                    ahead.append((group, weight, pool.submit(read_each, group)))
                     held += weight
-                    item = next(islice(waiting, 1), None)
-                done, weight, future = ahead.popleft()
-                yield done, future.result()
+                    following = next(groups, None)
+                group, weight, future = ahead.popleft()
+                for item, outcome in zip(group, future.result(), strict=True):
+                    if isinstance(outcome, _Raised):
+                        raise outcome.error
+                    yield item, outcome
                 held -= weight
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _groups(items: Iterator[_Item], size: Callable[[_Item], int]) -> Iterator[tuple[list[_Item], int]]:
+    """Neighbours for one thread, and their bytes: what it takes to hand one over is more than a small read takes."""
+    group: list[_Item] = []
+    weight = 0
+    for item in items:
+        group.append(item)
+        weight += size(item)
+        if len(group) == _GROUP or weight > _GROUP_BYTES:
+            yield group, weight
+            group, weight = [], 0
+    if group:
+        yield group, weight
+
+
+def _outcome(read: Callable[[_Item], _Result], item: _Item) -> _Result | _Raised:
+    try:
+        return read(item)
+    except Exception as error:  # noqa: BLE001 - raised where its item would come
+        return _Raised(error)
