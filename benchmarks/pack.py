@@ -32,7 +32,8 @@ from benchmarks import runner
 PACK = """
 import os, sys, time
 from shardify.convert import PackOptions, pack_dataset
-import shardify.engines.local, pyarrow.parquet
+import shardify.engines.local, numpy, pyarrow.parquet
+pyarrow.array(numpy.zeros(1))  # which imports pandas
 records, images, out, workers = sys.argv[1:]
 begin = time.perf_counter()
 pack_dataset(PackOptions(records=[records], images=[images], out=out, workers=int(workers)))
@@ -65,7 +66,8 @@ print(time.perf_counter() - begin)
 PLAN = """
 import sys, time
 from shardify.convert import PackOptions, plan_dataset
-import shardify.engines.local, pyarrow.parquet
+import shardify.engines.local, numpy, pyarrow.parquet
+pyarrow.array(numpy.zeros(1))  # which imports pandas
 begin = time.perf_counter()
 plan = plan_dataset(PackOptions(records=[sys.argv[1]], images=[sys.argv[2]], out=sys.argv[3]))
 assert len(plan.order) == int(sys.argv[4])
@@ -74,7 +76,8 @@ print(time.perf_counter() - begin)
 INDEX = """
 import sys, time
 from shardify.indexing import index_shards
-import pyarrow.parquet, PIL.Image
+import numpy, pyarrow.parquet, PIL.Image
+pyarrow.array(numpy.zeros(1))  # which imports pandas
 begin = time.perf_counter()
 index_shards(sys.argv[1:], workers=1)
 print(time.perf_counter() - begin)

@@ -4,6 +4,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+import pyarrow as pa
+
+import shardify.format.scan  # noqa: F401 - before processes are forked that need it
 from shardify.errors import FormatError, UsageError
 from shardify.format.dali import write_dali
 from shardify.format.energon import write_energon
@@ -46,6 +50,8 @@ def index_shards(
     processes = workers or len(os.sched_getaffinity(0))
 
     def build(paths: Sequence[str]) -> Iterator[str]:
+        # once, before processes are forked: pyarrow looks for pandas at its first array, which takes as long as a shard does
+        pa.array(np.zeros(1))
         with Progress("indexing", total=len(paths), unit="shards") as progress:
             results = each_in_process(build_sidecar, paths, workers=processes)
             for path, result in zip(paths, results, strict=True):
