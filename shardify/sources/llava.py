@@ -11,7 +11,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -112,9 +112,13 @@ def record_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     for number, path in enumerate(resolved):
         if path in resolved[:number]:
             raise UsageError(f"{os.fspath(paths[number])}: given twice; every record would be packed twice")
-    parents = [os.path.dirname(os.path.abspath(path)) for path in paths]
-    common = os.path.commonpath(parents) if parents else ""
-    names = [os.path.relpath(os.path.abspath(path), common) for path in paths]
+    # a URL is below its bucket or host, wherever the command is run
+    whole = [
+        os.path.abspath("/" + os.fspath(path).partition("://")[2] if "://" in os.fspath(path) else path)
+        for path in paths
+    ]
+    common = os.path.commonpath([os.path.dirname(path) for path in whole]) if whole else ""
+    names = [os.path.relpath(path, common) for path in whole]
     return [os.fsencode(name).decode("utf-8", "replace") for name in names]
 
 
@@ -343,9 +347,12 @@ def _require_records(content: mmap.mmap, offsets: _Offsets, stops: _Offsets, pat
         if len(offsets) == 1 and "conversations" not in record and not path.endswith((".jsonl", ".ndjson")):
             raise SourceError(_not_an_array(path, f"an object with the fields {_fields(record)}"))
         return
-    whole = content[offsets[0] :]
+    whole = memoryview(content)[int(offsets[0]) :]
+    kind: Any = (
+        dict[str, msgspec.Raw] if content[int(offsets[0])] == ord("{") else Any
+    )  # a gigabyte in one object is only looked over
     try:
-        value = msgspec.json.decode(whole)
+        value = msgspec.json.decode(whole, type=kind)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         offset = re.search(r"\(byte (\d+)\)", str(error))
         fault = int(offsets[0]) + (int(offset[1]) if offset else 0)

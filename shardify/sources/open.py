@@ -26,6 +26,13 @@ KINDS = (AUTO, LLAVA, PARQUET, WEBDATASET, PROMPTS)
 _ENDINGS = {PARQUET: (".parquet",), WEBDATASET: (".tar", ".tar.zst")}
 _PARQUET_MAGIC = b"PAR1"
 _TAR_MAGIC = slice(257, 262)  # "ustar", in ustar, GNU and PAX headers
+_DISGUISES = {  # by how they begin, in lower-case letters
+    b"\x1f\x8b": "compressed with gzip; unpack it, or compress it with zstd, which can be read",
+    b"pk\x03\x04": "a zip archive, not records; unpack it, or give it as images",
+    b"version https://git-lfs": "a Git LFS pointer in the file's place; 'git lfs pull' gets the file itself",
+    b"<!doctype html": "a web page in the file's place; get the file again",
+    b"<html": "a web page in the file's place; get the file again",
+}
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 _MAX_FILES = 100_000
 
@@ -74,9 +81,16 @@ def _open(spec: SourceSpec, name: str, spool: str) -> RecordFile:
     elif os.path.isdir(spec.path):
         kind, paths = _in_folder(spec.path, spec.kind)
     else:
-        paths = [spec.path] if os.path.exists(spec.path) else _expand(spec.path) or [spec.path]
+        paths = [spec.path] if os.path.exists(spec.path) else _expand(spec.path)
+        if not paths:
+            raise SourceError(f"{spec.path}: no such file")
         kind = spec.kind if spec.kind != AUTO else _one_kind(paths, spec.path)
 
+    for path in paths:
+        start = _start(path).lower()
+        for magic, what in _DISGUISES.items():
+            if start.startswith(magic):
+                raise SourceError(f"{spec.path if _is_url(spec.path) else path}: {what}")
     if kind == LLAVA:
         if len(paths) > 1:
             raise SourceError(

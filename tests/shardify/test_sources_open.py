@@ -1,5 +1,6 @@
 """Any source becomes records in place: the right kind is found, what was said is kept, and what is broken is named."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -133,6 +134,28 @@ def test_what_is_refused(tmp_path):
             opened(tmp_path / "none", tmp_path / "spool", kind=kind)
         with pytest.raises(SourceError):
             opened(tmp_path / "empty", tmp_path / "spool", kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (gzip.compress(b'[{"id": 1}]'), "compressed with gzip"),
+        (b"PK\x03\x04" + bytes(40), "a zip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1030000000\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.parquet", "a.tar"])
+def test_what_people_have_in_a_files_place_is_told(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=f"{name}: {what}"):
+        opened(tmp_path / name, tmp_path / "spool")
+
+
+def test_a_pattern_that_nothing_matches(tmp_path):
+    for name in ("a*.parquet", "a.tar", "[ab].json"):
+        with pytest.raises(SourceError, match="no such file"):
+            opened(tmp_path / name, tmp_path / "spool")
 
 
 def prompts(folder: Path, pairs) -> Path:
