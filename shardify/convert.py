@@ -15,7 +15,7 @@ import numpy as np
 import PIL
 import xxhash
 
-from shardify.audit import FAIL, REASONS, Policies, describe, describe_counts, make_policies
+from shardify.audit import FAIL, REASONS, Policies, describe_counts, make_policies
 from shardify.errors import PackError, SourceError, UsageError
 from shardify.format import names
 from shardify.format.manifest import Manifest, Source
@@ -26,7 +26,7 @@ from shardify.outputs import Output, open_output
 from shardify.pack import PackContext, RecordSource, ShardTask, Shrink, find_faults, pack_shard
 from shardify.plan import Cut, Plan, make_cut, make_plan
 from shardify.progress import Progress
-from shardify.promise import Promise, check_promise, is_finished, read_finished, write_promise
+from shardify.promise import Promise, check_promise, end_work, is_finished, read_finished, write_promise
 from shardify.records import MAX_RECORD_BYTES
 from shardify.run import EXAMPLES, Engine, Job, allowed_bad, carry_out, examples
 from shardify.scatter import scatter_images
@@ -138,7 +138,7 @@ def pack_dataset(options: PackOptions) -> None:
                     claim.enter_context(output.claimed())
                 if not _is_done(options, output, promise):
                     lines = _pack(options, cut, opened, output, promise)
-                output.remove_work()
+                lines += end_work(output)
     except OSError as error:
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else output.place
         raise PackError(f"{where}: {error.strerror or error}") from error
@@ -190,6 +190,8 @@ def _check_options(options: PackOptions) -> Cut:
         raise UsageError(f"--compress {options.compress}: only zstd is known")
     if options.engine not in ("local", "ray"):
         raise UsageError(f"--engine {options.engine}: local or ray is needed")
+    if options.ray_address is not None and options.engine != "ray":
+        raise UsageError(f"--ray-address {options.ray_address}: belongs to --engine ray")
     if options.shortest_edge is not None and options.shortest_edge < 1:
         raise UsageError(f"--shortest-edge {options.shortest_edge}: must be at least 1")
     if not 1 <= options.quality <= 100:
@@ -233,9 +235,11 @@ def _settings(options: PackOptions, cut: Cut, opened: _Opened) -> dict[str, Any]
         settings["shortest_edge"] = options.shortest_edge
         settings["quality"] = options.quality
         settings["resized_by"] = f"pillow {PIL.__version__}"
-    # to fail is no matter of the bytes
+    # to fail is no matter of the bytes, nor is a default
     chosen = {
-        code: action for code, action in make_policies(options.policies).chosen.items() if action != FAIL
+        code: action
+        for code, action in make_policies(options.policies).chosen.items()
+        if action not in (FAIL, Policies().action(code))
     }
     if chosen:
         settings["policies"] = chosen
@@ -290,7 +294,8 @@ def _apart(opened: _Opened, base: Manifest) -> _Opened:
     files = []
     for spec, file in zip(opened.specs, opened.files, strict=True):
         name = file.name
-        folder = os.path.dirname(os.path.abspath(spec.path)) if "://" not in spec.path else ""
+        where = spec.path.partition("://")[2] if "://" in spec.path else os.path.abspath(spec.path)
+        folder = os.path.dirname(where.rstrip("/"))
         while taken.get(name, file.fingerprint) != file.fingerprint and os.path.basename(folder):
             name = f"{os.path.basename(folder)}/{name}"
             folder = os.path.dirname(folder)
@@ -306,6 +311,16 @@ def _refuse_repeated(base: Manifest, promise: Promise) -> None:
             raise UsageError(
                 f"{source.name}: its records are in the data set already, as {there[source.fingerprint]}; every one would be packed twice"
             )
+
+
+def _refuse_mixed(options: PackOptions, base: Manifest, output: Output) -> None:
+    """Refuse to make some shards of a set compressed and others not: no pattern would name all, and few readers take both."""
+    compress = names.ZSTD if base.shards[0].tar.endswith(names.TAR_ZST) else None
+    if options.compress != compress:
+        asked = f"--compress {compress}" if compress else "no --compress"
+        raise UsageError(
+            f"{output.place}: its shards are *{base.shards[0].tar.partition('.')[2]}; give {asked}"
+        )
 
 
 def _survey(opened: _Opened) -> tuple[Survey, Resolver]:
@@ -326,9 +341,9 @@ def _pack(options: PackOptions, cut: Cut, opened: _Opened, output: Output, promi
     base = _base(output) if options.append else None
     if base:
         _refuse_repeated(base, promise)
+        _refuse_mixed(options, base, output)
         promise = Promise({**promise.settings, _APPENDED_TO: base.index_xxh3_128}, promise.sources)
-    beside = frozenset(_files_of(base)) if base else frozenset()
-    check_promise(output, promise, beside=beside)
+    check_promise(output, promise, base=base)
     survey, resolver = _survey(opened)
     total = len(survey.records)
     before = base.counts.records_in if base else 0
@@ -359,14 +374,15 @@ def _pack(options: PackOptions, cut: Cut, opened: _Opened, output: Output, promi
 
     plan = make_plan(survey.records["span"], shuffle=options.shuffle, seed=options.seed, cut=cut)
     promise = Promise(promise.settings, promise.sources, _found(survey, plan))
-    check_promise(output, promise, beside=beside)
-    write_promise(output, promise)
+    check_promise(output, promise, base=base)
+    write_promise(output, promise, base=base)
     context = replace(
         context, plan=promise.id, policies=make_policies(options.policies, on_bad=options.on_bad)
     )
     first = len(base.shards) if base else 0
     shard_names = [
-        names.shard_name(number, first + plan.shards, context.compress)
+        # what is added gets as many digits as what is there, where its number needs no more
+        names.shard_name(number, first or plan.shards, context.compress)
         for number in range(first, first + plan.shards)
     ]
     if options.read_order:
@@ -404,11 +420,6 @@ def _pack(options: PackOptions, cut: Cut, opened: _Opened, output: Output, promi
     )
     engine = Engine(name=options.engine, workers=options.workers, ray_address=options.ray_address)
     return carry_out(job, engine)
-
-
-def _files_of(manifest: Manifest) -> list[str]:
-    shards = [name for shard in manifest.shards for name in (shard.tar, shard.sidecar)]
-    return [*shards, names.INDEX, names.MANIFEST, names.QUARANTINE]
 
 
 def _failing(policies: Policies) -> frozenset[str]:
@@ -459,13 +470,8 @@ def _require_good(
     policies = make_policies(options.policies, on_bad=options.on_bad)
     fatal = [number for number, code in enumerate(("", *REASONS)) if code and policies.action(code) == FAIL]
     numbers = np.flatnonzero(np.isin(survey.records["code"], fatal))
-    if len(numbers):
-        first = find_faults(context, _task(survey, numbers[:1], stores))
-        raise (
-            PackError(f"{describe(first[0])} (--on-bad fail, or --policy)")
-            if first
-            else PackError("a record cannot be packed (--on-bad fail, or --policy)")
-        )
+    # raises, unless an earlier reason of each of these records is to be set aside
+    find_faults(replace(context, policies=policies), _task(survey, numbers, stores))
     numbers = np.flatnonzero(survey.records["code"])
     first = find_faults(context, _task(survey, numbers[:EXAMPLES], stores))
     if bad.total() == total:

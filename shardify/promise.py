@@ -12,7 +12,7 @@ import xxhash
 
 from shardify.errors import FormatError, UsageError
 from shardify.format import names
-from shardify.format.manifest import FORMAT_VERSION, Manifest, Source, decode_manifest
+from shardify.format.manifest import FORMAT_VERSION, Append, Manifest, Source, decode_manifest
 from shardify.outputs import Output
 
 
@@ -80,46 +80,80 @@ def is_finished(output: Output, promise: Promise) -> bool:
     return True
 
 
-def check_promise(output: Output, promise: Promise, *, beside: frozenset[str] = frozenset()) -> None:
+def check_promise(output: Output, promise: Promise, *, base: Manifest | None = None) -> None:
     """See that what was begun at a place is what is asked for now.
 
     Args:
         output: the claimed place.
         promise: with or without what the survey found.
-        beside: files that may be there already.
+        base: the finished set that is added to: its files may be there already, and so may the plan that it was made by.
 
     Raises:
         UsageError: other settings or sources, or files that no run has left there.
     """
-    file = output.open(names.PLAN)
-    if file is None:
-        foreign = sorted(set(output.sizes()) - beside)
+    begun = _read_begun(output)
+    if base and begun and _is_in(base, begun):
+        begun = None
+    if begun is None:
+        foreign = sorted(set(output.sizes()).difference(_files_of(base) if base else ()))
         if foreign:
             listed = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
             raise UsageError(
                 f"{output.place}: not empty ({listed}), and not begun by shardify; choose an empty or new folder"
             )
         return
-    with file:
-        try:
-            begun = msgspec.json.decode(file.read(), type=Promise)
-        except msgspec.MsgspecError as error:
-            raise UsageError(
-                f"{output.place}/{names.PLAN}: not readable ({error}); remove {output.place}"
-            ) from None
     if not promise.found:
         begun = msgspec.structs.replace(begun, found={})
     refuse_difference(output, begun, promise)
 
 
-def write_promise(output: Output, promise: Promise) -> None:
-    """Keep the promise from now on.
+def write_promise(output: Output, promise: Promise, *, base: Manifest | None = None) -> None:
+    """Keep the promise from now on; arguments as for `check_promise`, which has been called.
 
     Raises:
         UsageError: another run has begun something else here in this moment.
     """
-    if not output.put(names.PLAN, _encode(promise), new=True):
+    left = _read_begun(output) if base else None
+    new = not (base and left and _is_in(base, left))
+    if not output.put(names.PLAN, _encode(promise), new=new):
         check_promise(output, promise)
+
+
+def end_work(output: Output) -> list[str]:
+    """Remove the work folder of the finished set at a place, unless records are being added to that set.
+
+    Returns:
+        What there is to say about it.
+    """
+    begun, manifest = _read_begun(output), read_finished(output)
+    if begun and manifest and not _is_in(manifest, begun):
+        return ["adding records to it was begun and not finished; that command again continues it"]
+    output.remove_work()
+    return []
+
+
+def _read_begun(output: Output) -> Promise | None:
+    file = output.open(names.PLAN)
+    if file is None:
+        return None
+    with file:
+        try:
+            return msgspec.json.decode(file.read(), type=Promise)
+        except msgspec.MsgspecError as error:
+            raise UsageError(
+                f"{output.place}/{names.PLAN}: not readable ({error}); remove {output.place}"
+            ) from None
+
+
+def _is_in(manifest: Manifest, begun: Promise) -> bool:
+    """Whether what was begun has been finished."""
+    finished: list[Manifest | Append] = [manifest, *manifest.appends]
+    return any((begun.settings, begun.sources) == (done.settings, done.sources) for done in finished)
+
+
+def _files_of(manifest: Manifest) -> list[str]:
+    shards = [name for shard in manifest.shards for name in (shard.tar, shard.sidecar)]
+    return [*shards, names.INDEX, names.MANIFEST, names.QUARANTINE]
 
 
 def refuse_difference(output: Output, begun: Promise, asked: Promise) -> None:

@@ -145,7 +145,12 @@ def _make_shards(job: Job[_Context, _Task], engine: Engine) -> None:
         else:
             for item in info.set_aside:
                 if item.code in job.fail_fast:
-                    raise PackError(f"{describe(item)} (--on-bad fail)")
+                    raise PackError(f"{describe(item)} (--on-bad fail, or --policy {item.code}=fail)")
+            for code in job.fail_fast.intersection(info.notes):
+                raise PackError(
+                    f"{job.shard_names[shard]}: was finished by an earlier run, which kept {info.notes[code]} records with {code} "
+                    f"(--policy {code}=fail)"
+                )
             count(shard, Counter(item.code for item in info.set_aside))
     if len(todo) < len(counts):
         print(f"{len(counts) - len(todo)} of {len(counts)} shards are finished already", file=sys.stderr)

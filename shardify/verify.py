@@ -24,7 +24,7 @@ from tqdm import tqdm
 from shardify.errors import FormatError, ImageError, RecordError
 from shardify.format.hashing import hash_file
 from shardify.format.headers import BLOCK, parse_header
-from shardify.format.index import index_rows, read_index
+from shardify.format.index import has_digest, index_rows, read_index
 from shardify.format.manifest import PART, RECORDS, Manifest, Shard, read_manifest
 from shardify.format.names import (
     INDEX,
@@ -207,8 +207,8 @@ def _tasks(selection: Selection, *, lenient: bool) -> tuple[list[_Task], list[Fa
     starts = np.cumsum([0] + [shard.samples for shard in manifest.shards]).tolist()
     readable = True
     try:
-        read_index(index_path, samples=starts[-1])
-        if hash_file(index_path) != manifest.index_xxh3_128:
+        rows = read_index(index_path, samples=starts[-1])
+        if not has_digest(rows, index_path, manifest.index_xxh3_128):
             faults.append(Fault(index_path, f"its hash is not the one in {MANIFEST}"))
     except (FormatError, OSError) as error:
         readable = False

@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from shardify.errors import FormatError
+from shardify.format.hashing import hash_file
 from shardify.format.sidecar import ShardInfo
 
 INDEX_DTYPE = np.dtype(
@@ -75,7 +77,7 @@ def write_index(sink: _Sink, parts: Iterable[npt.NDArray[np.void]]) -> None:
 
 
 def read_index(path: str | os.PathLike[str], *, samples: int) -> npt.NDArray[np.void]:
-    """The index, memory-mapped read-only, [samples] of `INDEX_DTYPE`.
+    """The index, memory-mapped read-only, [samples] of `INDEX_DTYPE`: the file's first rows, where an addition has brought more than is finished.
 
     Raises:
         FormatError: it is missing, damaged, or not of `samples` samples.
@@ -86,9 +88,31 @@ def read_index(path: str | os.PathLike[str], *, samples: int) -> npt.NDArray[np.
         raise FormatError(f"{os.fspath(path)}: no such index") from None
     except Exception as error:  # noqa: BLE001 - numpy's header reader raises what its parsers do
         raise FormatError(f"{os.fspath(path)}: not a readable index ({error})") from None
-    if not isinstance(index, np.ndarray) or index.dtype != INDEX_DTYPE or index.shape != (samples,):
+    if (
+        not isinstance(index, np.ndarray)
+        or index.dtype != INDEX_DTYPE
+        or index.ndim != 1
+        or len(index) < samples
+    ):
         found = getattr(index, "shape", None), getattr(index, "dtype", None)
         raise FormatError(
             f"{os.fspath(path)}: does not belong to its manifest, which counts {samples} samples; it holds {found[0]} of {found[1]}"
         )
-    return index
+    return index[:samples]
+
+
+def has_digest(index: npt.NDArray[np.void], path: str | os.PathLike[str], digest: str) -> bool:
+    """Whether `digest`, xxh3_128 in hexadecimal, is that of the file from which `read_index` has read, or of one with just these rows."""
+    if hash_file(path) == digest:
+        return True
+    rows = _Hashed()
+    write_index(rows, [index])
+    return rows.digest.hexdigest() == digest
+
+
+class _Hashed:
+    def __init__(self) -> None:
+        self.digest = xxhash.xxh3_128()
+
+    def write(self, data: bytes) -> None:
+        self.digest.update(data)

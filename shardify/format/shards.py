@@ -26,8 +26,7 @@ from braceexpand import braceexpand
 
 from shardify.errors import FormatError, UsageError
 from shardify.format.files import replacing
-from shardify.format.hashing import hash_file
-from shardify.format.index import COLUMNS, index_rows, read_index
+from shardify.format.index import COLUMNS, has_digest, index_rows, read_index
 from shardify.format.manifest import Manifest, read_manifest
 from shardify.format.names import (
     INDEX,
@@ -362,7 +361,7 @@ def _open_finished(
     starts = np.cumsum([0] + [shard.samples for shard in manifest.shards])
     index_path = os.path.join(selection.folder, INDEX)
     index = read_index(index_path, samples=int(starts[-1]))
-    if index.nbytes < _HASHED_INDEX_BYTES and hash_file(index_path) != manifest.index_xxh3_128:
+    if index.nbytes < _HASHED_INDEX_BYTES and not has_digest(index, index_path, manifest.index_xxh3_128):
         raise FormatError(
             f"{index_path}: not the index that {MANIFEST} names (its hash differs); copy or pack the data set again"
         )

@@ -313,6 +313,7 @@ def test_paths_are_rewritten_by_prefix(source):
         (["--shortest-edge", "0"], "shortest-edge"),
         (["--check", "all"], "header"),
         (["--engine", "slurm"], "local"),
+        (["--ray-address", "10.0.0.1:6379"], "belongs to --engine ray"),
     ],
 )
 def test_options_that_make_no_sense_are_one_message(source, arguments, message):
@@ -341,3 +342,110 @@ def test_index_rows_of_appended_shards_follow(source):
     assert index["shard"].tolist() == sorted(index["shard"].tolist())
     assert (index["shard"] == 3).sum() == 7
     assert manifest.settings["shards"] == 3
+
+
+def stopped(monkeypatch, name, run):
+    """Run until the file `name` is to get its name."""
+    from shardify.outputs.local import LocalDraft
+
+    real = LocalDraft.commit
+
+    def commit(draft):
+        if draft._target.endswith("/" + name):
+            raise KeyboardInterrupt
+        real(draft)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalDraft, "commit", commit)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+
+
+@pytest.mark.parametrize("stop", ["004.tar", "manifest.json"])
+def test_other_commands_leave_an_append_as_it_was_begun(source, monkeypatch, capsys, stop):
+    from shardify.reshard import ReshardOptions, reshard_dataset
+
+    def made():
+        pack(source, out=source / "packed")
+
+    def resharded():
+        given = {"shards": [str(source / "packed")], "out": source / "resharded"}
+        reshard_dataset(ReshardOptions(**given, samples_per_shard=10, workers=1))
+
+    made()
+    resharded()
+    more = write(source / "more.json", [record(100 + n, f"{n}.jpg") for n in range(7)])
+    for out, again in ((source / "resharded", resharded), (source / "packed", made)):
+        options = {"records": [more], "append": True, "shards": 2, "out": out}
+        stopped(monkeypatch, stop, lambda options=options: pack(source, **options))
+        capsys.readouterr()
+        again()
+        said = capsys.readouterr().out
+        assert "is complete: nothing to do" in said
+        assert "adding records to it was begun" in said
+        assert len(open_shards(str(out)).index) == 30  # what is finished can be loaded meanwhile
+        assert pack(source, **options).counts.packed == 37
+        assert not (out / ".packing").exists()
+        assert verify_shards(str(out), workers=1)
+
+
+def test_what_is_finished_but_was_not_tidied_up_can_be_added_to(source, monkeypatch):
+    from shardify.outputs.local import LocalOutput
+
+    def ended(_):
+        raise KeyboardInterrupt
+
+    more = [
+        write(source / f"{name}.json", [record(100 * name + n, f"{n}.jpg") for n in range(7)])
+        for name in (1, 2)
+    ]
+    for number, changes in enumerate(
+        ({}, *({"records": [file], "append": True, "shards": 1} for file in more))
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalOutput, "remove_work", ended)
+            with pytest.raises(KeyboardInterrupt):
+                pack(source, **changes)
+        assert read_manifest(source / "out" / "manifest.json").counts.packed == 30 + 7 * number
+    pack(source)
+    assert not (source / "out" / ".packing").exists()
+    assert verify_shards(str(source / "out"), workers=1)
+
+
+def test_shards_that_are_added_are_named_and_compressed_as_those_there(source, monkeypatch):
+    monkeypatch.setattr("shardify.format.names._MIN_SHARD_DIGITS", 1)
+    pack(source, shards=5)
+    more = write(source / "more.json", [record(100 + n, f"{n}.jpg") for n in range(9)])
+    with pytest.raises(UsageError, match=r"its shards are \*tar; give no --compress"):
+        pack(source, records=[more], append=True, compress="zstd")
+    assert not (source / "out" / ".packing").exists()
+    grown = pack(source, records=[more], append=True, shards=7)
+    assert [shard.tar for shard in grown.shards] == [f"{n}.tar" for n in range(12)]
+    pack(source, out=source / "zst", compress="zstd")
+    with pytest.raises(UsageError, match="give --compress zstd"):
+        pack(source, out=source / "zst", records=[more], append=True)
+
+
+def test_a_policy_that_says_the_default_says_nothing(source, monkeypatch):
+    options = {"max_bad": "1"}
+    write(source / "chat.json", [*(record(n, f"{n}.jpg") for n in range(30)), record(30, "none.jpg")])
+    stopped(monkeypatch, "002.tar", lambda: pack(source, **options))
+    same = ["image-missing=set-aside", "text-only=keep"]
+    assert "policies" not in pack(source, **options, policies=same).settings
+
+
+def test_a_note_ends_the_run_in_shards_that_are_finished_already(source, monkeypatch):
+    write(source / "chat.json", [record(n, f"{n}.jpg", "") for n in range(30)])
+    stopped(monkeypatch, "manifest.json", lambda: pack(source))
+    with pytest.raises(PackError, match=r"000\.tar.*kept 10 records with answer-empty"):
+        pack(source, policies=["answer-empty=fail"])
+    assert pack(source).counts.packed == 30
+
+
+def test_a_reason_is_fatal_only_where_it_is_the_first(source):
+    write(
+        source / "chat.json",
+        [*(record(n, f"{n}.jpg") for n in range(30)), record(30, "none.jpg", "")],
+    )
+    policies = ["answer-empty=set-aside", "image-missing=fail"]
+    assert pack(source, policies=policies, max_bad="1").counts.set_aside == {"answer-empty": 1}
