@@ -25,7 +25,7 @@ from shardify.outputs import Output, open_output
 from shardify.pack import Shrink
 from shardify.plan import Cut, Plan, make_cut, make_plan
 from shardify.progress import Progress
-from shardify.promise import Promise, check_promise, is_finished, write_promise
+from shardify.promise import Promise, check_promise, end_work, is_finished, write_promise
 from shardify.run import Engine, Job, allowed_bad, carry_out
 from shardify.select import parse_filter
 from shardify.transfer import InputShard, TransferContext, TransferTask, reshard_shard
@@ -125,7 +125,7 @@ def reshard_dataset(options: ReshardOptions) -> None:
             with output.claimed():
                 if not is_finished(output, promise):
                     lines = _reshard(options, cut, given, output, promise)
-                output.remove_work()
+                lines += end_work(output)
     except OSError as error:
         place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else output.place
         raise PackError(f"{place}: {error.strerror or error}") from error
@@ -144,6 +144,8 @@ def _check_options(options: ReshardOptions) -> Cut:
         raise UsageError(f"--compress {options.compress}: only {names.ZSTD} is known")
     if options.engine not in ("local", "ray"):
         raise UsageError(f"--engine {options.engine}: local or ray is needed")
+    if options.ray_address is not None and options.engine != "ray":
+        raise UsageError(f"--ray-address {options.ray_address}: belongs to --engine ray")
     if options.shortest_edge is not None and options.shortest_edge < 1:
         raise UsageError(f"--shortest-edge {options.shortest_edge}: must be at least 1")
     if not 1 <= options.quality <= 100:
