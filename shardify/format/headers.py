@@ -58,10 +58,13 @@ def parse_header(data: bytes | bytearray | memoryview, at: int = 0) -> tuple[str
     text = as_text(name)
     if magic == b"ustar\0" and prefix[0]:  # a GNU header keeps times where ustar keeps the prefix
         text = f"{as_text(prefix)}/{text}"
-    # links, devices and folders have no data, whatever their size says; V7 had no type for folders
-    if kind in _WITHOUT_DATA or (kind == b"\0" and text.endswith("/")):
-        size = 0
-    return text, size, kind
+    # links, devices and folders have no data, whatever their size says
+    return text, 0 if kind in _WITHOUT_DATA else size, kind
+
+
+def is_old_folder(name: str, kind: bytes) -> bool:
+    """Whether a member is a folder, without data, as V7 wrote it, which had no type for folders; `name` is the whole name."""
+    return kind == b"\0" and name.endswith("/")
 
 
 def as_text(data: bytes) -> str:

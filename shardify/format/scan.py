@@ -64,13 +64,13 @@ def scan_shard(path: str | os.PathLike[str], *, name: str) -> ScannedShard:
 
 
 def _scan_tar(file: FileIO, rows: "_Rows", where: str) -> str:
-    window = FileWindow(file)
-    for entry in walk(window, where):
-        if entry[0] != rows.key:
-            rows.begin(entry[0], entry[2])
-        rows.add(entry)
-    rows.end()
-    return window.digest.hexdigest()
+    with FileWindow(file) as window:
+        for entry in walk(window, where):
+            if entry[0] != rows.key:
+                rows.begin(entry[0], entry[2])
+            rows.add(entry)
+        rows.end()
+        return window.digest.hexdigest()
 
 
 def _scan_frames(file: FileIO, rows: "_Rows", where: str) -> str:

@@ -20,6 +20,7 @@ from shardify.format.headers import (
     PAX_GLOBAL,
     REGULAR,
     Extension,
+    is_old_folder,
     parse_header,
 )
 from shardify.format.names import ZSTD
@@ -271,6 +272,8 @@ def read_samples(span: memoryview, *, where: str) -> Iterator[tuple[str, list[tu
             name = extension.path or name
             size = size if extension.size is None else extension.size
             extension = None
+        if is_old_folder(name, kind):
+            size = 0
         data = offset + BLOCK
         offset = data + size + padding(size)
         if offset > len(span):

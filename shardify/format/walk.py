@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from io import FileIO
-from typing import Protocol, TypeAlias
+from typing import Protocol, Self, TypeAlias
 
 import xxhash
 
@@ -17,13 +17,17 @@ from shardify.format.headers import (
     REGULAR,
     SPARSE,
     Extension,
+    is_old_folder,
     parse_header,
     says_nothing,
 )
+from shardify.format.readahead import ReadAhead
 from shardify.format.tar import padding, split_name
 
-WINDOW_BYTES = 256 * 1024
-"""Read at a time: what stays in a core's own cache while it is hashed, walked and looked into."""
+WINDOW_BYTES = 4 * 1024 * 1024
+"""Read at a time: what stays in the processor's cache while it is hashed, walked and looked into."""
+
+_MARGIN = 256 * 1024
 
 MAX_PARSED_BYTES = 256 * 1024 * 1024
 """Larger members are hashed in pieces and not looked into."""
@@ -54,35 +58,57 @@ class Window(Protocol):
 
 
 class FileWindow:
-    """A file, hashed on its way through one reused buffer."""
+    """A file, hashed on its way through two buffers: while one is hashed and walked, a thread reads into the other.
+
+    Use it in a ``with`` block, which ends the thread.
+
+    Args:
+        file: unbuffered, at its begin.
+
+    Attributes:
+        digest: xxh3_128 of what was read so far.
+    """
 
     partial = False
 
     def __init__(self, file: FileIO) -> None:
-        self._file = file
-        self._view = memoryview(bytearray(WINDOW_BYTES))
-        self._filled = 0
         self.base = 0
         self.total = os.fstat(file.fileno()).st_size
         self.marked = False
         self.digest = xxhash.xxh3_128()
+        self._view = _NOTHING
+        # what is left of one buffer is copied in front of the other
+        self._front, self._back = (memoryview(bytearray(_MARGIN + WINDOW_BYTES)) for _ in range(2))
+        self._ahead = ReadAhead(file)
+        self._ahead.ask(self._back[_MARGIN:])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ahead.close()
 
     def advance(self, used: int, need: int) -> memoryview:
         """See `Window`."""
-        view, left = self._view, self._filled - used
-        if need > len(view) or len(view) > WINDOW_BYTES:
-            self._view = memoryview(bytearray(max(need, left, WINDOW_BYTES)))
-        self._view[:left] = view[used : self._filled]
-        view = self._view
-        while left < need:
-            count = self._file.readinto(view[left:])
-            if not count:
-                break
-            self.digest.update(view[left : left + count])
-            left += count
-        self._filled = left
         self.base += used
-        return view[:left]
+        view = self._view[used:]
+        while len(view) < need:
+            count = self._ahead.take()
+            if not count:
+                break  # and so for good: nothing more is asked for
+            self._front, self._back = self._back, self._front
+            left = len(view)
+            block = self._front[_MARGIN : _MARGIN + count]
+            if left <= _MARGIN:
+                self._front[_MARGIN - left : _MARGIN] = view
+                view = self._front[_MARGIN - left : _MARGIN + count]
+            else:
+                view = memoryview(b"".join((view, block)))
+            self._ahead.ask(self._back[_MARGIN:])
+            # the thread begins to read now, when hashing leaves it Python's lock
+            self.digest.update(block)
+        self._view = view
+        return view
 
 
 class FrameWindow:
@@ -110,6 +136,9 @@ The data is void when the next entry is drawn, and empty when it is larger than 
 """
 
 
+_Found: TypeAlias = tuple[str, str, int, int, int, memoryview]
+
+
 def walk(window: Window, where: str) -> Iterator[Entry]:
     """The members of a tar in order, without those that belong to no sample: folders, links, and names that `split_name` refuses.
 
@@ -119,9 +148,12 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
     view, at, total = window.advance(0, BLOCK), 0, window.total
     begin = -1  # of the first header of the next member
     extension: Extension | None = None
+    # the members of one window are hashed together and given out together: what each of these needs stays in the cache
+    waiting: list[_Found] = []
     repeated, repeated_header = b"", ("", 0, b"")  # writers of PAX headers write the same one again and again
     while True:
         if len(view) - at < BLOCK:
+            yield from _hashed(waiting)
             view, at = window.advance(at, BLOCK), 0
             if not len(view) and window.partial and begin < 0:
                 return
@@ -131,6 +163,7 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
         if header is None:
             if block == _ZEROS and begin < 0:
                 window.marked = True
+                yield from _hashed(waiting)
                 _pass_tail(window, at, where)
                 return
             cut = len(block) < BLOCK or block == _ZEROS
@@ -140,6 +173,7 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
         at += BLOCK
         if kind in EXTENSIONS:
             if len(view) - at < size <= MAX_EXTENSION_BYTES:
+                yield from _hashed(waiting)
                 view, at = window.advance(at, size), 0
             if len(view) - at < size:
                 raise FormatError(f"{where}: cut off, or damaged, in the extended header at byte {header_at}")
@@ -157,13 +191,18 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
             if kind != PAX_GLOBAL and begin < 0:
                 begin = header_at
             repeated, repeated_header = block, header
-            view, at = _pass(window, view, at + (size + _ROUND & ~_ROUND))
+            at += size + _ROUND & ~_ROUND
+            if at > len(view):
+                yield from _hashed(waiting)
+                view, at = _pass(window, view, at)
             continue
         if begin < 0:
             begin = header_at
         if extension is not None:
             name = extension.path or name
             size = size if extension.size is None else extension.size
+        if is_old_folder(name, kind):
+            size = 0
         if kind == SPARSE or (extension is not None and extension.sparse):
             raise FormatError(
                 f"{where}: member {name!r} at byte {begin} is a sparse file, whose data cannot be read in place"
@@ -178,6 +217,7 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
         if parsed is None:
             end = at + (size + _ROUND & ~_ROUND)
         elif size > MAX_PARSED_BYTES:
+            yield from _hashed(waiting)
             digest = xxhash.xxh3_64()
             for piece in _pieces(window, at, size, where):
                 digest.update(piece)
@@ -185,16 +225,25 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
             view, end = window.advance(0, BLOCK), padding(size)
         else:
             if len(view) - at < size:
+                yield from _hashed(waiting)
                 view, at = window.advance(at, size), 0
-            data = view[at : at + size]
-            yield *parsed, begin, offset, size, data, xxhash.xxh3_64_intdigest(data)
+            waiting.append((*parsed, begin, offset, size, view[at : at + size]))
             end = at + (size + _ROUND & ~_ROUND)
         if end > len(view):
+            yield from _hashed(waiting)
             view, at = _pass(window, view, end)
         else:
             at = end
         begin = -1
         extension = None
+
+
+def _hashed(waiting: list[_Found]) -> Iterator[Entry]:
+    """Give out what is waiting, before the window moves on."""
+    digests = [xxhash.xxh3_64_intdigest(found[5]) for found in waiting]
+    for found, digest in zip(waiting, digests, strict=True):
+        yield *found, digest
+    waiting.clear()
 
 
 def _pass(window: Window, view: memoryview, at: int) -> tuple[memoryview, int]:

@@ -234,6 +234,8 @@ def test_the_standard_library_is_the_judge(tmp_path, members, tar_format, header
                 continue
             seen.add(parsed)
             info.type, info.linkname, info.pax_headers = kind, "a" * (number * 30), records
+            if kind == tarfile.AREGTYPE and "/" in info.name:
+                continue  # where a name is cut behind a slash, tarfile takes the member for a folder
             info.size = size if info.isreg() else 0
             with contextlib.suppress(ValueError):  # ustar cannot hold every name
                 archive.addfile(info, io.BytesIO(random.Random(number).randbytes(size)))
