@@ -27,14 +27,18 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
-def prepare(raw: bytes) -> Prepared:
+def prepare(raw: bytes, *, outline: bool = False) -> Prepared:
     """Read a record; one in another schema is rewritten in LLaVA's.
+
+    Args:
+        raw: the record's bytes.
+        outline: see `parse_record`.
 
     Raises:
         RecordError: with the reason code; never anything else for any bytes.
     """
     try:
-        sample = parse_record(raw)
+        sample = parse_record(raw, outline=outline)
     except RecordError as error:
         changed = _change(raw)
         if changed is None:

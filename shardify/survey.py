@@ -19,8 +19,8 @@ import xxhash
 
 from shardify.audit import REASONS
 from shardify.errors import RecordError, SampleError, SourceError, UsageError
+from shardify.format.headers import BLOCK
 from shardify.format.index import MAX_IMAGES, MAX_SIZE
-from shardify.format.tar import sample_span
 from shardify.images.resolve import Resolver, Rule
 from shardify.images.spool import SPOOLED
 from shardify.images.stores import EXACT, LOCATION_DTYPE, MISSING, PLAIN_FILE
@@ -215,7 +215,7 @@ def _survey_batch(
     owners: list[int] = []
     for number, raw in enumerate(raws):
         try:
-            prepared = prepare(raw)
+            prepared = prepare(raw, outline=True)
         except SampleError as error:
             codes[number] = _CODES.index(error.code)
             continue
@@ -237,20 +237,27 @@ def _survey_batch(
     else:
         found = resolver.locate(paths, source)
         located, faults = found.rows, found.codes
-    sizes: list[list[int]] = [[length] for length in lengths]
-    for owner, path, size, fault in zip(owners, paths, located["size"].tolist(), faults, strict=True):
-        sizes[owner].append(size)
-        if fault and not codes[owner]:
-            codes[owner] = _CODES.index(fault)
+    for owner, path, fault in zip(owners, paths, faults, strict=True):
+        if not fault:
+            continue
+        codes[owner] = codes[owner] or _CODES.index(fault)
         if fault == "image-missing" and len(looked_for) < _EXAMPLES:
             looked_for.append(path[:_SHOWN])
-    for number, size in enumerate(sizes):
-        if not codes[number] and (sample_span(size) > MAX_SIZE or len(size) - 1 > MAX_IMAGES):
-            codes[number] = _CODES.index("sample-too-large")
+    owner_of = np.array(owners, dtype=np.int64)
+    span = _member_spans(np.array(lengths, dtype=np.int64))
+    np.add.at(span, owner_of, _member_spans(located["size"]))
+    rows["images"] = np.bincount(owner_of, minlength=len(raws))
     rows["code"] = codes
-    rows["span"] = [0 if code else sample_span(size) for code, size in zip(codes, sizes, strict=True)]
-    rows["images"] = np.bincount(owners, minlength=len(raws)) if owners else 0
+    good = rows["code"] == 0
+    too_large = good & ((span > MAX_SIZE) | (rows["images"] > MAX_IMAGES))
+    rows["code"][too_large] = _CODES.index("sample-too-large")
+    rows["span"] = np.where(good & ~too_large, span, 0)
     return _Located(located, _image_hashes(paths, located, resolver.rules))
+
+
+def _member_spans(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """As `sample_span`, of each member."""
+    return BLOCK + (sizes + BLOCK - 1) // BLOCK * BLOCK
 
 
 def _image_hashes(
