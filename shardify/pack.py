@@ -326,12 +326,13 @@ def _write_samples(context: PackContext, task: ShardTask, writer: ShardWriter, r
     content = Content()
     candidates = _candidates(context, task)
     read = read_ahead(lambda candidate: _read_images(context, candidate), candidates, size=_image_bytes)
-    for candidate, images in reported(read, writer, report):
+    for candidate, files in reported(read, writer, report):
         record, prepared = candidate.record, candidate.prepared
         try:
-            if isinstance(images, Exception):
-                raise images
+            if candidate.error is not None:
+                raise candidate.error
             assert prepared is not None
+            images = _pictures(context, prepared, files)
             notes = [*candidate.notes, *_image_notes(candidate, images)]
             _judge(context.policies, notes)
             _check_span([len(image.data) for image in images], prepared.raw)
@@ -479,18 +480,28 @@ def _image_bytes(candidate: _Candidate) -> int:
     return sum(image.location.size for image in candidate.images)
 
 
-def _read_images(context: PackContext, candidate: _Candidate) -> list[_Picture] | SampleError | _BadImage:
-    """The images' bytes and headers, or why there are none. Runs in any thread."""
-    if candidate.error is not None:
-        return candidate.error
-    assert candidate.prepared is not None
-    pictures = []
-    for image, reference in zip(candidate.images, candidate.prepared.sample.images, strict=True):
+def _read_images(context: PackContext, candidate: _Candidate) -> list[bytes | SampleError]:
+    """The images' bytes, up to the first that has none. Runs in any thread, and so does nothing but read: pixels of many take much memory."""
+    files: list[bytes | SampleError] = []
+    for image in candidate.images:
         try:
-            data = context.readers[image.store].read(image.name, image.location)
-            pictures.append(_picture(context, data))
+            files.append(context.readers[image.store].read(image.name, image.location))
         except SampleError as error:
-            return _BadImage(error, reference.path)
+            return [*files, error]
+    return files
+
+
+def _pictures(
+    context: PackContext, prepared: Prepared, files: Sequence[bytes | SampleError]
+) -> list[_Picture]:
+    pictures = []
+    for file, reference in zip(files, prepared.sample.images, strict=False):  # the last one may be a fault
+        try:
+            if isinstance(file, SampleError):
+                raise file
+            pictures.append(_picture(context, file))
+        except SampleError as error:
+            raise _BadImage(error, reference.path) from None
     return pictures
 
 

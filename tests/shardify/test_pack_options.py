@@ -449,3 +449,41 @@ def test_a_reason_is_fatal_only_where_it_is_the_first(source):
     )
     policies = ["answer-empty=set-aside", "image-missing=fail"]
     assert pack(source, policies=policies, max_bad="1").counts.set_aside == {"answer-empty": 1}
+
+
+def test_pictures_are_decoded_one_at_a_time_however_many_reads_wait(source, monkeypatch):
+    import threading
+    import time
+
+    from shardify import pack as pack_module
+    from shardify.images.folders import FolderReader
+
+    pack(source, check="decode")
+    threads = {"read": set(), "probe": set()}
+
+    def slowly(name, function):
+        def slow(*arguments, **named):
+            threads[name].add(threading.current_thread())
+            time.sleep(0.003)
+            return function(*arguments, **named)
+
+        return slow
+
+    monkeypatch.setattr(pack_module, "probe", slowly("probe", pack_module.probe))
+    pack(source, check="decode", out=source / "probed", shards=1)
+    monkeypatch.setattr(FolderReader, "read", slowly("read", FolderReader.read))
+    pack(source, check="decode", out=source / "waited", shards=1)
+    assert len(threads["read"]) > 1
+    assert threads["probe"] == {threading.current_thread()}
+    assert tree(source / "probed") == tree(source / "waited")
+
+
+def test_urls_have_names_that_do_not_depend_on_the_folder_of_the_run(tmp_path, monkeypatch):
+    from shardify.sources.llava import record_names
+
+    paths = ["s3://lab/a/x.json", "s3://lab/b/x.json", str(tmp_path / "x.json")]
+    names = record_names(paths)
+    assert names[:2] == ["lab/a/x.json", "lab/b/x.json"]
+    monkeypatch.chdir(tmp_path)
+    assert record_names(paths) == names
+    assert record_names(paths[:2]) == ["a/x.json", "b/x.json"]
