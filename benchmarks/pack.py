@@ -266,7 +266,11 @@ def write_tree(root: Path) -> dict[str, list[str]]:
     tree = {}
     linked, target = MOST_LINKS, ""
     for pattern, (_, files) in MIX.items():
-        names = [pattern.format(number) for number in sorted(numbers.sample(range(10**7), files))] if files else []
+        names = (
+            [pattern.format(number) for number in sorted(numbers.sample(range(10**7), files))]
+            if files
+            else []
+        )
         if names:
             (root / names[0]).parent.mkdir(parents=True)
         for name in names:
