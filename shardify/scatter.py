@@ -8,6 +8,7 @@ the disk space of all images that are not packed yet, and the memory of a few of
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from shardify.errors import ImageError, PackError
 from shardify.images.resolve import Rule
 from shardify.images.spool import SPOOLED, SpoolReader
-from shardify.images.stores import LISTED, PLAIN_FILE, ImageStore, Location
+from shardify.images.stores import LISTED, MAX_IMAGE_BYTES, PLAIN_FILE, ImageStore, Location
 from shardify.pack import PackContext, finished_shards, name_in_store
 from shardify.plan import Plan
 from shardify.prepare import prepare
@@ -28,6 +29,7 @@ from shardify.survey import Survey
 _SPOOL = "images-in-order"
 _FIELDS = ["offset", "stored", "size", "crc", "method", "store"]
 _NO_RULE = Rule("", "")
+_CHUNK = 65_536  # images that are Python objects at a time
 
 
 class _Wanted(NamedTuple):
@@ -50,7 +52,7 @@ def scatter_images(
 ) -> PackContext:
     """Read the images of all unfinished shards in their stores' order; the survey then says where they are in the spool.
 
-    An image with a fault stays where it is: packing finds the same fault, and says so.
+    An image with a fault stays where it is: packing finds the same fault, and says so. So do images in object stores.
 
     Args:
         context: of the run.
@@ -69,6 +71,7 @@ def scatter_images(
     finished = finished_shards(context, shard_names)
     todo = [shard for shard, (_, info) in enumerate(finished) if info is None]
     rows = _rows_in_order(survey, plan, todo)
+    rows = rows[_is_scattered(survey.images[rows], stores)]
     if not len(rows):
         return context
     sizes = survey.images["size"][rows]
@@ -120,6 +123,13 @@ def _rows_in_order(survey: Survey, plan: Plan, shards: Sequence[int]) -> npt.NDA
     return rows
 
 
+def _is_scattered(images: npt.NDArray[np.void], stores: Sequence[ImageStore]) -> npt.NDArray[np.bool_]:
+    """Not what lies in object stores, which know no order and are for workers to call, nor what is too large to be read."""
+    remote = [number for number, store in enumerate(stores) if "://" in store.path]
+    chosen: npt.NDArray[np.bool_] = ~np.isin(images["store"], remote) & (images["size"] <= MAX_IMAGE_BYTES)
+    return chosen
+
+
 def _wanted(
     context: PackContext, survey: Survey, rows: npt.NDArray[np.int64], stores: Sequence[ImageStore]
 ) -> Iterator[_Wanted]:
@@ -131,27 +141,31 @@ def _wanted(
     same = (images["offset"][placed[1:]] == images["offset"][placed[:-1]]) & (
         images["store"][placed[1:]] == images["store"][placed[:-1]]
     )
-    for group in np.split(placed, np.flatnonzero(~same) + 1) if len(placed) else ():
-        *location, store = images[_FIELDS][group[0]].tolist()
-        name = stores[store].listed_name(location[0]) if location[4] == LISTED else ""
-        yield _Wanted(group.tolist(), name, store, Location(*location))
+    edges = np.concatenate([[0], np.flatnonzero(~same) + 1, [len(placed)]])
+    for first in range(0, len(edges) - 1, _CHUNK) if len(placed) else ():
+        for begin, end in pairwise(edges[first : first + _CHUNK + 1].tolist()):
+            *location, store = images[_FIELDS][placed[begin]].tolist()
+            name = stores[store].listed_name(location[0]) if location[4] == LISTED else ""
+            yield _Wanted(placed[begin:end].tolist(), name, store, Location(*location))
     yield from _plain_files(context, survey, np.sort(rows[plain]))
 
 
 def _plain_files(context: PackContext, survey: Survey, rows: npt.NDArray[np.int64]) -> Iterator[_Wanted]:
     """Files go by the names in their records, which are read again."""
-    owners = np.searchsorted(survey.first_image, rows, side="right") - 1
-    # a record without images has the first row of the one after it
     described: tuple[int, list[str]] = (-1, [])
     descriptors: dict[int, int] = {}
     try:
-        for row, owner in zip(rows.tolist(), owners.tolist(), strict=True):
-            if described[0] != owner:
-                described = owner, _paths(context, survey.records[owner], descriptors)
-            *location, store, rule, _ = survey.images[row].tolist()
-            path = described[1][row - int(survey.first_image[owner])]
-            name = name_in_store(path, context.rules[rule], context.mounts[store])
-            yield _Wanted([row], name, store, Location(*location))
+        for first in range(0, len(rows), _CHUNK):
+            chunk = rows[first : first + _CHUNK]
+            # a record without images has the first row of the one after it
+            owners = np.searchsorted(survey.first_image, chunk, side="right") - 1
+            for row, owner in zip(chunk.tolist(), owners.tolist(), strict=True):
+                if described[0] != owner:
+                    described = owner, _paths(context, survey.records[owner], descriptors)
+                *location, store, rule, _ = survey.images[row].tolist()
+                path = described[1][row - int(survey.first_image[owner])]
+                name = name_in_store(path, context.rules[rule], context.mounts[store])
+                yield _Wanted([row], name, store, Location(*location))
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
