@@ -132,6 +132,7 @@ def pack_dataset(options: PackOptions) -> None:
                 opened = _open(options, specs, "")
             if base:
                 opened = _apart(opened, base)
+            _require_reachable(options, output, opened)
             promise = Promise(_settings(options, cut, opened), _sources(opened))
             if not _is_done(options, output, promise) or output.has_work():
                 if not any(needs_spool(spec) for spec in specs):
@@ -143,6 +144,16 @@ def pack_dataset(options: PackOptions) -> None:
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else output.place
         raise PackError(f"{where}: {error.strerror or error}") from error
     print_summary(output, lines)
+
+
+def _require_reachable(options: PackOptions, output: Output, opened: _Opened) -> None:
+    """Refuse what only this machine could read: a spool lies with the output, or, of an output in an object store, here."""
+    spools = options.read_order or any(file.embedded for file in opened.files)
+    if options.engine == "ray" and output.is_remote and spools:
+        what = "--read-order" if options.read_order else "a source that brings its images along"
+        raise UsageError(
+            f"{what} needs a folder that all nodes see: with --engine ray, give --out such a folder instead of {output.place}"
+        )
 
 
 def plan_dataset(options: PackOptions) -> Plan:

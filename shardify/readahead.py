@@ -16,7 +16,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 THREADS = 64
-_SLOW = 1e-3  # seconds a read, beyond its bytes at
+_SLOW = 7e-4  # seconds a read, beyond its bytes at
 _RATE = 500e6  # bytes/s
 _TRIED = 16  # reads before they are judged
 _TRIED_AGAIN = 2  # when they had to wait the last time
@@ -45,19 +45,20 @@ def read_ahead(
     """
     global _waited  # noqa: PLW0603 - what this process's reads were like the last time
     waiting = iter(items)
-    excess = 0.0
     tried = _TRIED_AGAIN if _waited else _TRIED
     _waited = False
+    slow = 0
     for count, item in enumerate(waiting, 1):
         begin = time.monotonic()
         result = read(item)
-        excess += time.monotonic() - begin - size(item) / _RATE
+        slow += time.monotonic() - begin > _SLOW + size(item) / _RATE
         yield item, result
         if count % tried == 0:
-            if excess > tried * _SLOW:
+            # most of them, not all in all: a busy machine makes a few reads of any disk wait
+            if slow > tried // 2:
                 _waited = True
                 break
-            excess, tried = 0.0, _TRIED
+            slow, tried = 0, _TRIED
     # threads that come back from waiting must not wait once more, for the interpreter: 5 ms is Python's default
     before = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH)

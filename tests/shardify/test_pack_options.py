@@ -487,3 +487,16 @@ def test_urls_have_names_that_do_not_depend_on_the_folder_of_the_run(tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert record_names(paths) == names
     assert record_names(paths[:2]) == ["a/x.json", "b/x.json"]
+
+
+def test_what_only_this_machine_could_read_is_refused_on_a_cluster(source):
+    with pytest.raises(UsageError, match=r"--read-order needs a folder that all nodes see"):
+        pack_dataset(
+            PackOptions(
+                records=[source / "chat.json"],
+                images=[source / "images"],
+                out="s3://bucket/set",
+                engine="ray",
+                read_order=True,
+            )
+        )
