@@ -66,14 +66,19 @@ def _change(raw: bytes) -> Prepared | None:
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
-    """A record as JSON; what a tolerant reader took in (NaN, a lone surrogate, an integer of any size) stays as it came."""
+    """A record as JSON; what a tolerant reader took in (NaN, a lone surrogate, an integer of any size) stays as it came.
+
+    Raises:
+        RecordError: ``record-not-json``: it is nested as deeply as can be read, and too deeply to be written.
+    """
     try:
-        data = msgspec.json.encode(record)
-    except (UnicodeError, OverflowError, msgspec.MsgspecError):
-        return json.dumps(record, separators=(",", ":")).encode()
-    # msgspec writes null for NaN: of all that holds a null, the other writer knows
-    return (
-        data
-        if b"null" not in data
-        else json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
-    )
+        try:
+            data = msgspec.json.encode(record)
+        except (UnicodeError, OverflowError, msgspec.MsgspecError):
+            return json.dumps(record, separators=(",", ":")).encode()
+        # msgspec writes null for NaN: of all that holds a null, the other writer knows
+        if b"null" in data:
+            data = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
+    except (RecursionError, ValueError) as error:
+        raise RecordError("record-not-json", f"it cannot be written again ({error})") from None
+    return data

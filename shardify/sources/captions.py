@@ -7,7 +7,7 @@ from dataclasses import replace
 import xxhash
 
 from shardify.errors import RecordError, SourceError
-from shardify.prepare import encode_record, prepare
+from shardify.prepare import prepare
 from shardify.records import MAX_RECORD_BYTES, load_record
 from shardify.sources.llava import RecordFile, open_unchanged
 from shardify.sources.spec import Captions
@@ -79,7 +79,7 @@ def replace_captions(
             spool.add(raw, notes=(CAPTION_KEPT,))
             continue
         answers[-1]["value"] = caption
-        spool.add(encode_record(record), notes=prepared.notes)
+        spool.add_record(record, notes=prepared.notes)
     new = spool.finish()
     both = xxhash.xxh3_128_hexdigest(f"{file.fingerprint} {fingerprint}".encode())
     notes = dict(file.notes) | dict(new.notes)

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 
 from shardify.errors import ImageError, RecordError, SourceError
 from shardify.images.probe import probe
-from shardify.prepare import encode_record
 from shardify.records import ImageRef
 from shardify.sources.spool import FIELD_DROPPED, Spool
 
@@ -191,7 +190,7 @@ def _add_rows(batch: pa.RecordBatch, image_column: str, spool: Spool, *, where: 
                 named = _names(images[row], len(spool))
                 record["image"] = named if images[row].is_list else named[0]
         notes = (FIELD_DROPPED,) if row in dropped else ()
-        spool.add(encode_record(record), data, notes=notes)
+        spool.add_record(record, data, notes=notes)
 
 
 def _has_image(images: _Images) -> bool:

@@ -10,7 +10,6 @@ message, a blank line and the captions (LLaVA's templates know no system turn), 
 import os
 
 from shardify.errors import SourceError
-from shardify.prepare import encode_record
 from shardify.sources.spool import Spool
 
 SYSTEM = "system_message.txt"
@@ -73,7 +72,7 @@ def read_prompts(folders: list[str], spool: Spool) -> None:
                     {"from": "human", "value": f"{system}\n\n{captions}"},
                     {"from": "gpt", "value": answer},
                 ]
-            spool.add(encode_record(record))
+            spool.add_record(record)
 
 
 def _read(path: str) -> str:

@@ -11,7 +11,7 @@ import re
 import shutil
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import FileIO
 from typing import Self
 
@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from shardify.errors import RecordError, SourceError
-from shardify.prepare import prepare
+from shardify.prepare import encode_record, prepare
 from shardify.sources.llava import RecordFile, file_stamp
 from shardify.sources.spec import Embedded
 
@@ -28,6 +28,7 @@ NOT_EMBEDDED = -1
 
 FIELD_DROPPED = "field-dropped"
 
+_TOO_DEEP = b"nested too deeply to be written"
 _BUFFER = 4 * 1024 * 1024
 _MARGIN = 64 * 1024 * 1024  # of disk, left free
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -111,6 +112,16 @@ class Spool:
         self._digest.update(b"%d " % len(raw))
         self._digest.update(raw)
         self._flush(_BUFFER)
+
+    def add_record(
+        self, record: Mapping[str, object], images: Sequence[bytes | None] = (), *, notes: Iterable[str] = ()
+    ) -> None:
+        """Add a record that a source has made; one that cannot be written as JSON will be set aside."""
+        try:
+            raw = encode_record(record)
+        except RecordError:
+            raw = _TOO_DEEP
+        self.add(raw, images, notes=notes)
 
     def finish(self) -> RecordFile:
         """The records, in place."""

@@ -145,11 +145,11 @@ def _add(sample: Mapping[str, Any], spool: Spool) -> None:
     taken = _match(own_images, images, key)
     if len(set(taken) - {""}) < len(images):
         notes = [FIELD_DROPPED]
-    spool.add(
-        encode_record(record) if changed or raw is None else raw,
-        [images.get(name) for name in taken],
-        notes=notes,
-    )
+    data = [images.get(name) for name in taken]
+    if changed or raw is None:
+        spool.add_record(record, data, notes=notes)
+    else:
+        spool.add(raw, data, notes=notes)
 
 
 def _record(raw: bytes | None, key: str, texts: dict[str, str]) -> tuple[Any, bool]:
