@@ -341,14 +341,15 @@ def test_any_json_is_a_sample_or_a_reason(value):
         assert error.code
 
 
-@pytest.mark.parametrize("levels", [900, 990, 993, 996, 2000, 100_000])
-def test_what_is_nested_as_deeply_as_can_be_read(levels):
-    inner = "[" * levels + "]" * levels
-    raw = f'{{"id": null, "messages": [{{"role": "user", "content": "?"}}], "deep": {inner}}}'.encode()
-    try:
-        assert prepare(raw).sample.id == "null"
-    except RecordError as error:
-        assert error.code in ("record-not-json", "no-conversations")
+def test_what_is_nested_as_deeply_as_can_be_read():
+    # the depth at which it ends depends on how deep the caller is
+    for levels in (*range(800, 1001), 100_000):
+        inner = "[" * levels + "]" * levels
+        raw = f'{{"id": null, "messages": [{{"role": "user", "content": "?"}}], "deep": {inner}}}'.encode()
+        try:
+            assert prepare(raw).sample.id == "null"
+        except RecordError as error:
+            assert error.code in ("record-not-json", "no-conversations")
 
 
 def test_every_field_that_is_looked_for_is_hinted_at():
