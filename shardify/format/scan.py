@@ -5,6 +5,7 @@ The file is read once, front to back, in blocks that stay in the processor's cac
 
 import os
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
@@ -65,10 +66,7 @@ def scan_shard(path: str | os.PathLike[str], *, name: str) -> ScannedShard:
 
 def _scan_tar(file: FileIO, rows: "_Rows", where: str) -> str:
     with FileWindow(file) as window:
-        for entry in walk(window, where):
-            if entry[0] != rows.key:
-                rows.begin(entry[0], entry[2])
-            rows.add(entry)
+        rows.add(walk(window, where))
         rows.end()
         return window.digest.hexdigest()
 
@@ -98,7 +96,7 @@ def _scan_frames(file: FileIO, rows: "_Rows", where: str) -> str:
             if key != rows.key:
                 rows.begin(key, at, end - at)
             divided = None
-            rows.add(entry)
+            rows.add((entry,))
         marked |= window.marked
     rows.end()
     if not marked:
@@ -127,21 +125,23 @@ class _Rows:
         self._fields.clear()
         self._sample = None
 
-    def add(self, entry: Entry) -> None:
-        """Add a member to the row."""
-        key, field, begin, offset, size, data, digest = entry
-        fields = self._fields
-        if field in fields:
-            raise FormatError(
-                f"{self._where}: two members {key}.{field}, the second at byte {begin}; keys of neighbouring samples must differ"
-            )
-        fields.add(field)
-        self.builder.add_member(field, offset, size, digest)
-        if _is_image(field):
-            self.builder.add_image(field, *_look_into(field, data))
-        elif field == RECORD_FIELD:
-            self._sample = _read_record(data)
-        self._end = offset + size + padding(size)
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Add members of this sample, and of those that follow."""
+        fields, add_member = self._fields, self.builder.add_member
+        for key, field, begin, offset, size, data, digest in entries:
+            if key != self.key:
+                self.begin(key, begin)
+            if field in fields:
+                raise FormatError(
+                    f"{self._where}: two members {key}.{field}, the second at byte {begin}; keys of neighbouring samples must differ"
+                )
+            fields.add(field)
+            add_member(field, offset, size, digest)
+            if field == RECORD_FIELD:
+                self._sample = _read_record(data)
+            elif _is_image(field):
+                self.builder.add_image(field, *_look_into(field, data))
+            self._end = offset + size + padding(size)
 
     def end(self) -> None:
         """The row is complete, if there is one."""

@@ -8,6 +8,7 @@ from typing import Protocol, Self, TypeAlias
 import xxhash
 
 from shardify.errors import FormatError
+from shardify.format.glance import glance
 from shardify.format.headers import (
     BLOCK,
     EXTENSIONS,
@@ -28,6 +29,9 @@ WINDOW_BYTES = 4 * 1024 * 1024
 """Read at a time: what stays in the processor's cache while it is hashed, walked and looked into."""
 
 _MARGIN = 256 * 1024
+
+GLANCE_BYTES = 512 * 1024
+"""Of less than this, headers are read one by one: numpy takes its time to begin."""
 
 MAX_PARSED_BYTES = 256 * 1024 * 1024
 """Larger members are hashed in pieces and not looked into."""
@@ -150,6 +154,7 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
     extension: Extension | None = None
     # the members of one window are hashed together and given out together: what each of these needs stays in the cache
     waiting: list[_Found] = []
+    glanced = _NOTHING
     repeated, repeated_header = b"", ("", 0, b"")  # writers of PAX headers write the same one again and again
     while True:
         if len(view) - at < BLOCK:
@@ -157,6 +162,16 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
             view, at = window.advance(at, BLOCK), 0
             if not len(view) and window.partial and begin < 0:
                 return
+        if view is not glanced and begin < 0 and len(view) - at >= GLANCE_BYTES:
+            glanced = view
+            base = window.base + at
+            files, end = glance(view[at:])
+            for name, begins, starts, size in files:
+                if (parsed := split_name(name)) is not None:
+                    data = view[at + starts : at + starts + size]
+                    waiting.append((*parsed, base + begins, base + starts, size, data))
+            at += end
+            continue
         header_at = window.base + at
         block = bytes(view[at : at + BLOCK])
         header = repeated_header if block == repeated else parse_header(block)

@@ -8,9 +8,9 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from io import BytesIO
 from threading import Lock
+from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -58,8 +58,7 @@ CHECKS = ("header", "decode", "none")
 """How much of an image is looked at: see `probe`."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageHeader:
+class ImageHeader(NamedTuple):
     """What an image's header says.
 
     Attributes:
@@ -124,9 +123,9 @@ def probe(data: bytes | memoryview, *, check: str = "header") -> ImageHeader:
             code = "image-truncated" if error.code == "image-undecodable" else error.code
             raise ImageError(code, error.detail) from None
     if max(width, height) ** 2 > MAX_PIXELS:
-        header = replace(header, traits=(*header.traits, "image-elongated"))
+        header = header._replace(traits=(*header.traits, "image-elongated"))
     if min(width, height) <= _TINY:
-        header = replace(header, traits=(*header.traits, "image-tiny"))
+        header = header._replace(traits=(*header.traits, "image-tiny"))
     return header
 
 

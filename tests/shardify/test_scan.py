@@ -223,8 +223,10 @@ MEMBERS = st.lists(
     members=MEMBERS,
     tar_format=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
     header=st.sampled_from([{}, {"comment": "a global header"}]),
+    glance=st.sampled_from([0, 1 << 30]),
 )
-def test_the_standard_library_is_the_judge(tmp_path, members, tar_format, header):
+def test_the_standard_library_is_the_judge(tmp_path, monkeypatch, members, tar_format, header, glance):
+    monkeypatch.setattr(walk_module, "GLANCE_BYTES", glance)
     path = tmp_path / "a.tar"
     seen = set()
     with tarfile.open(path, "w", format=tar_format, pax_headers=header) as archive:
@@ -301,7 +303,7 @@ def test_sizes_beyond_octal_digits(tmp_path):
             scan(path)
 
 
-def test_windows_of_any_size_see_the_same(tmp_path, monkeypatch):
+def test_windows_of_any_size_and_glances_see_the_same(tmp_path, monkeypatch):
     path = write_tar(
         tmp_path / "a.tar",
         [
@@ -312,9 +314,10 @@ def test_windows_of_any_size_see_the_same(tmp_path, monkeypatch):
         tarfile.PAX_FORMAT,
     )
     rows, info = scan(path)
-    for window, parsed in ((512, 1 << 20), (1024, 1000), (3000, 1), (1 << 20, 600)):
+    for window, parsed, glance in ((512, 1 << 20, 0), (1024, 1000, 2000), (3000, 1, 0), (1 << 20, 600, 0)):
         monkeypatch.setattr(walk_module, "WINDOW_BYTES", window)
         monkeypatch.setattr(walk_module, "MAX_PARSED_BYTES", parsed)
+        monkeypatch.setattr(walk_module, "GLANCE_BYTES", glance)
         assert scan(path) == (rows, info)
 
 
@@ -436,7 +439,7 @@ def test_sparse_files_are_refused(tmp_path):
 
 @settings(max_examples=150)
 @given(seed=st.integers(0, 2**32), tar_format=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
-def test_any_damage_gives_an_index_that_reads_back_or_one_error(tmp_path, seed, tar_format):
+def test_any_damage_gives_an_index_that_reads_back_or_one_error(tmp_path, monkeypatch, seed, tar_format):
     rng = random.Random(seed)
     path = write_tar(
         tmp_path / "a.tar",
@@ -456,11 +459,18 @@ def test_any_damage_gives_an_index_that_reads_back_or_one_error(tmp_path, seed, 
             at -= at % 512  # headers are where it hurts
             content[at + rng.choice((0, 124, 148, 156))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
-    try:
-        rows, _ = scan(path, name="a.tar")
-    except FormatError as error:
-        assert str(path) in str(error)
+    found = []
+    for glance in (1 << 30, 0):  # header by header, and many at once
+        monkeypatch.setattr(walk_module, "GLANCE_BYTES", glance)
+        try:
+            found.append(scan(path, name="a.tar"))
+        except FormatError as error:
+            assert str(path) in str(error)
+            found.append(str(error))
+    assert found[0] == found[1]
+    if isinstance(found[0], str):
         return
+    rows, _ = found[0]
     for row in rows:
         with contextlib.suppress(FormatError):  # and nothing else
             read_back(path, row)
