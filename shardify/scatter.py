@@ -194,6 +194,6 @@ def _require_room(path: str, size: int) -> None:
     free = place.f_bavail * place.f_frsize
     if size > free:
         raise PackError(
-            f"{os.path.dirname(path)}: --read-order needs {size / 1e9:.1f} GB of room for images, {free / 1e9:.1f} GB are free; "
+            f"{os.path.dirname(path)}: --read-order needs {size / 1e6:,.0f} MB of room for images, {free / 1e6:,.0f} MB are free; "
             "pack without it, or elsewhere"
         )

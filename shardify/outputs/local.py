@@ -19,6 +19,7 @@ from shardify.format.names import PLAN, WORK_FOLDER
 from shardify.outputs.direct import DirectFile
 
 _LOCK = f"{WORK_FOLDER}/lock"
+_SPOOL = f"{WORK_FOLDER}/spool"
 _DRAFT = ".draft"
 _LOCK_PATIENCE = 5.0  # seconds: the workers of a killed run hold its lock until the kernel has ended them
 
@@ -133,14 +134,17 @@ class LocalOutput:
             raise UsageError(f"{self.place}: cannot be written ({error.strerror})") from None
         lock = self._lock()
         try:
-            self._remove_drafts()
+            self._remove_unfinished()
             yield
         finally:
-            if not os.path.lexists(self._path(PLAN)):
-                shutil.rmtree(work, ignore_errors=True)
-                if not existed:
-                    with suppress(OSError):
-                        os.rmdir(self.place)
+            if self._is_lock(lock):  # else the work is done, and what is there may be another run's
+                with suppress(OSError):  # what ended the run is what counts; the next one tries again
+                    self._remove_unfinished()
+                if not os.path.lexists(self._path(PLAN)):
+                    shutil.rmtree(work, ignore_errors=True)
+            if not existed:
+                with suppress(OSError):
+                    os.rmdir(self.place)  # when nothing is in it
             os.close(lock)
 
     def has_work(self) -> bool:
@@ -149,7 +153,7 @@ class LocalOutput:
 
     def spool(self) -> str:
         """See `Output`."""
-        path = os.path.abspath(self._path(f"{WORK_FOLDER}/spool"))
+        path = os.path.abspath(self._path(_SPOOL))
         shutil.rmtree(path, ignore_errors=True)
         os.makedirs(path)
         return path
@@ -161,12 +165,20 @@ class LocalOutput:
     def _path(self, name: str) -> str:
         return os.path.join(self.place, name)
 
-    def _remove_drafts(self) -> None:
-        with os.scandir(self._path(WORK_FOLDER)) as entries:
+    def _remove_unfinished(self) -> None:
+        """Drafts, and the spool, which may be as large as the data set."""
+        shutil.rmtree(self._path(_SPOOL), ignore_errors=True)
+        with suppress(FileNotFoundError), os.scandir(self._path(WORK_FOLDER)) as entries:
             unfinished = [entry.path for entry in entries if entry.name.endswith(_DRAFT)]
         for path in unfinished:
             with suppress(FileNotFoundError):
                 os.unlink(path)
+
+    def _is_lock(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self._path(_LOCK)))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def _lock(self) -> int:
         path = self._path(_LOCK)
@@ -177,7 +189,7 @@ class LocalOutput:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+                if self._is_lock(file):
                     return file
             except BlockingIOError:
                 if time.monotonic() > deadline:

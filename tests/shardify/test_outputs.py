@@ -3,6 +3,7 @@
 import fcntl
 import os
 import resource
+import subprocess
 import threading
 
 import pytest
@@ -113,5 +114,26 @@ def test_what_a_killed_run_left_is_removed_by_the_next_one(tmp_path):
         draft = output.create("000.tar")
         draft.write(b"x" * 10)
         (tmp_path / "out" / ".packing" / "000.tar.1.draft").write_bytes(b"half")
+        (tmp_path / "out" / ".packing" / "spool").mkdir()
+        (tmp_path / "out" / ".packing" / "spool" / "images").write_bytes(b"many")
+        # what is killed cannot tidy up
+        subprocess.run(["cp", "-r", tmp_path / "out", tmp_path / "killed"], check=True)
+    # what is not killed can
+    assert everything(output) == [".packing/lock", ".packing/plan.json"]
+    output = LocalOutput(str(tmp_path / "killed"))
+    assert len(everything(output)) == 5
     with output.claimed():
         assert everything(output) == [".packing/lock", ".packing/plan.json"]
+
+
+def test_a_run_that_has_ended_its_work_leaves_the_next_one_alone(tmp_path):
+    first, following = LocalOutput(str(tmp_path / "out")), LocalOutput(str(tmp_path / "out"))
+    slow = first.claimed()
+    slow.__enter__()
+    first.remove_work()
+    with following.claimed():
+        draft = following.create("000.tar")
+        slow.__exit__(None, None, None)  # comes late
+        draft.write(b"1")
+        draft.commit()
+    assert first.sizes() == {"000.tar": 1}
