@@ -117,7 +117,8 @@ def make_plan(spans: npt.ArrayLike, *, shuffle: bool, seed: int, cut: Cut) -> Pl
     reach = np.cumsum(span[order[good]])
     total = int(reach[-1]) if len(reach) else 0
 
-    per_shard = cut.samples_per_shard
+    # however many are asked for: what is counted here has 64 bits
+    per_shard = None if cut.samples_per_shard is None else min(cut.samples_per_shard, max(1, len(good)))
     if cut.shards is not None:
         count = cut.shards
     elif per_shard is not None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import BinaryIO, Protocol, Self
 
+from shardify.errors import UsageError
+
 
 class Draft(Protocol):
     """A file being written; nobody sees it under its name before `commit`. Left without commit, it is gone."""
@@ -93,7 +95,13 @@ class Output(Protocol):
 
 
 def open_output(place: str) -> Output:
-    """The output at a folder's path or an object store's URL (``s3://bucket/prefix``, ``gs://``, ``az://``)."""
+    """The output at a folder's path or an object store's URL (``s3://bucket/prefix``, ``gs://``, ``az://``).
+
+    Raises:
+        UsageError: it is empty, or a URL that is none.
+    """
+    if not place:
+        raise UsageError("--out is empty; it names the folder for the shards ('.' for this one)")
     if "://" in place:
         from shardify.outputs.remote import RemoteOutput
 

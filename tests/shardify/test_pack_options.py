@@ -314,6 +314,7 @@ def test_paths_are_rewritten_by_prefix(source):
         (["--check", "all"], "header"),
         (["--engine", "slurm"], "local"),
         (["--ray-address", "10.0.0.1:6379"], "belongs to --engine ray"),
+        (["--out", ""], "--out is empty"),
     ],
 )
 def test_options_that_make_no_sense_are_one_message(source, arguments, message):
@@ -326,7 +327,9 @@ def test_options_that_make_no_sense_are_one_message(source, arguments, message):
         "--out",
         str(source / "o"),
     ]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, check=False, cwd=source / "images"
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     import re

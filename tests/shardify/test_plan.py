@@ -89,6 +89,11 @@ def test_a_size_asks_for_no_more_shards_than_samples():
     assert make_plan([300_000_000] * 5, shuffle=False, seed=0, cut=cut).shards == 4
 
 
+@pytest.mark.parametrize("cut", [Cut(samples_per_shard=10**30), Cut(shard_size=10**30)])
+def test_more_than_there_is_may_be_asked_for(cut):
+    assert make_plan([5, 0, 7], shuffle=True, seed=10**30, cut=cut).starts.tolist() == [0, 3]
+
+
 def test_without_shuffle_the_order_is_the_records():
     plan = make_plan([1024] * 10, shuffle=False, seed=7, cut=Cut(shards=3))
     assert plan.order.tolist() == list(range(10))
