@@ -2,7 +2,7 @@
 
 # asked for on the 3rd of May
 000000033471                        an id, as text or number; "2327515" in quotes is the text alone
-https://example.org/photo.jpg       a URL: records with it in a field whose name ends in `url`
+https://example.org/photo.jpg       a URL: records in which it stands, as a whole text, in any field
 9f1c0a5be2d34477                    xxh3_64 of an image's bytes, as in the sidecars
 e3b0c44298fc1c149afbf4c8996fb924... sha256 of an image's bytes
 """
@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -64,15 +65,15 @@ class Exclusions:
         self,
         *,
         id: str | None,  # noqa: A002 - the field's name everywhere
-        record: bytes | memoryview | None,
-        images: Iterable[tuple[int, bytes | memoryview]],
+        record: bytes | memoryview | None = None,
+        images: Iterable[tuple[int, bytes | memoryview]] = (),
     ) -> list[int]:
         """The lines that ask for a sample to be taken out, ascending.
 
         Args:
             id: as JSON text, None without one.
             record: the sample's JSON.
-            images: xxh3_64 and bytes of each.
+            images: xxh3_64 and bytes of each, whatever they are called.
         """
         found = set()
         if self.ids and id is not None:
@@ -135,12 +136,23 @@ def describe_lines(exclusions: Exclusions, lines: Sequence[int]) -> str:
 
 def count_hits(items: Iterable[SetAside]) -> Counter[int]:
     """How many of the samples set aside each line has taken out."""
-    hits: Counter[int] = Counter()
-    for item in items:
-        if item.code == EXCLUDED:
-            # the list's own name stands behind the last "of"
-            hits.update(map(int, _LINES.findall(item.detail.split(" of ", 1)[0])))
-    return hits
+    return Counter(line for item in items for line in _lines_of(item))
+
+
+def taken_by_name(exclusions: Exclusions, items: Iterable[SetAside]) -> list[tuple[str, int]]:
+    """Source and record of the samples that were taken out by id or URL, not for their images."""
+    of_images = {*exclusions.xxh3_64.values(), *exclusions.sha256.values()}
+    return [
+        (item.source, item.record)
+        for item in items
+        if (lines := _lines_of(item)) and of_images.isdisjoint(lines)
+    ]
+
+
+def _lines_of(item: SetAside) -> list[int]:
+    """The lines that took out a sample; none for what was set aside for other reasons."""
+    # the list's own name, which may be anything, stands behind the first "of"
+    return list(map(int, _LINES.findall(item.detail.split(" of ", 1)[0]))) if item.code == EXCLUDED else []
 
 
 def report_hits(exclusions: Exclusions, items: Iterable[SetAside]) -> list[str]:
@@ -160,6 +172,16 @@ def report_hits(exclusions: Exclusions, items: Iterable[SetAside]) -> list[str]:
         more = f" and {len(idle) - _SHOWN} more" if len(idle) > _SHOWN else ""
         report.append(f"{exclusions.name}: nothing was hit by {shown}{more}")
     return report
+
+
+def report_left(exclusions: Exclusions, samples: int, images: Sequence[int]) -> list[str]:
+    """What stays of pictures that were taken out with some samples only: so many samples, with images of these xxh3_64."""
+    if not samples:
+        return []
+    shown = ", ".join(f"{image:016x}" for image in images[:_SHOWN])
+    more = f" and {len(images) - _SHOWN:,} more" if len(images) > _SHOWN else ""
+    what = f"{samples:,} samples that stay have an image of one that was taken out by id or URL"
+    return [f"{exclusions.name}: {what}; to take these out too, list its hash: {shown}{more}"]
 
 
 def _short(text: str) -> str:
@@ -212,18 +234,20 @@ def _kinds(text: str, where: str) -> _Kinds:
 
 
 def _urls_of(record: bytes | memoryview) -> list[str]:
-    """The texts in fields whose name ends in ``url``, at any depth, alone or in lists."""
+    """The texts with a URL's mark, at any depth: publishers keep it in `url`, `image`, `urls`, `source` and more."""
+    waiting: list[Any] = []
     try:
-        waiting: list[tuple[bool, Any]] = [(False, load_record(record))]
+        waiting = [load_record(record)]
     except RecordError:
-        return []
+        with suppress(ValueError, RecursionError):  # JSON that is no object
+            waiting = [json.loads(bytes(record))]
     found = []
     while waiting:
-        is_url, value = waiting.pop()
+        value = waiting.pop()
         if isinstance(value, dict):
-            waiting += [(key.lower().endswith("url"), item) for key, item in value.items()]
+            waiting += value.values()
         elif isinstance(value, list):
-            waiting += [(is_url, item) for item in value]
-        elif is_url and isinstance(value, str):
+            waiting += value
+        elif isinstance(value, str) and "://" in value:
             found.append(value.strip())
     return found

@@ -6,7 +6,7 @@ Of a sample only one row of `SAMPLE_DTYPE` is kept, and one row of `MEMBER_DTYPE
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -344,6 +344,38 @@ def member_rows(samples: npt.NDArray[np.void], first: _Ints, numbers: _Ints) -> 
     return rows
 
 
+def images_left(gathered: Gathered, gone: Iterable[tuple[str, int]]) -> tuple[int, list[int]]:
+    """How many samples have an image of those that are taken out, and are not among these.
+
+    Args:
+        gathered: all samples.
+        gone: source and record of those taken out.
+
+    Returns:
+        How many, and the xxh3_64 of these images, ascending.
+    """
+    samples = gathered.samples
+    numbers = {name: number for number, name in enumerate(gathered.sources)}
+    records: dict[int, list[int]] = {}
+    for source, record in gone:
+        records.setdefault(numbers[source], []).append(record)
+    taken = np.zeros(len(samples), np.bool_)
+    for number, of_source in records.items():
+        here = np.flatnonzero(samples["source"] == number)
+        taken[here] = np.isin(samples["record"][here], of_source)
+    owners, hashes = _images(samples, gathered.members, gathered.fields)
+    left = ~taken[owners] & np.isin(hashes, hashes[taken[owners]])
+    return len(np.unique(owners[left])), np.unique(hashes[left]).tolist()
+
+
+def _images(
+    samples: npt.NDArray[np.void], members: npt.NDArray[np.void], fields: Sequence[str]
+) -> tuple[_Ints, _Hashes]:
+    """Of each image the number of its sample, and its hash."""
+    is_image = np.array([is_image_field(field) for field in fields], np.bool_)[members["field"]]
+    return np.repeat(np.arange(len(samples)), samples["members"])[is_image], members["xxh3_64"][is_image]
+
+
 def _id_hashes(column: pa.ChunkedArray) -> _Hashes:
     """Equal for equal ids; 0 for none."""
     return np.array(
@@ -361,9 +393,8 @@ def _mark_repeated(
     """Set the bits of samples whose id, or one of whose images, an earlier sample has."""
     numbers = np.arange(len(samples))
     samples["notes"][_again(ids, numbers) & (ids != 0)] |= ID_REPEATED
-    is_image = np.array([is_image_field(field) for field in fields], np.bool_)[members["field"]]
-    owners = np.repeat(numbers, samples["members"])[is_image]
-    samples["notes"][owners[_again(members["xxh3_64"][is_image], owners)]] |= IMAGE_REPEATED
+    owners, hashes = _images(samples, members, fields)
+    samples["notes"][owners[_again(hashes, owners)]] |= IMAGE_REPEATED
 
 
 def _again(hashes: _Hashes, owners: _Ints) -> npt.NDArray[np.bool_]:

@@ -17,10 +17,25 @@ import xxhash
 
 from shardify.convert import print_summary
 from shardify.errors import PackError, UsageError
-from shardify.exclude import EXCLUDED, Exclusions, read_exclusions, report_hits
+from shardify.exclude import (
+    EXCLUDED,
+    Exclusions,
+    read_exclusions,
+    report_hits,
+    report_left,
+    taken_by_name,
+)
 from shardify.format import names
 from shardify.format.sidecar import SetAside
-from shardify.gather import DataSet, Gathered, gather, manifest_sources, member_rows, open_sets
+from shardify.gather import (
+    DataSet,
+    Gathered,
+    gather,
+    images_left,
+    manifest_sources,
+    member_rows,
+    open_sets,
+)
 from shardify.outputs import Output, open_output
 from shardify.pack import Shrink
 from shardify.plan import Cut, Plan, make_cut, make_plan
@@ -247,7 +262,9 @@ def _reshard(options: ReshardOptions, cut: Cut, given: _Input, output: Output, p
     if gathered.left_out:
         lines.append(f"{gathered.left_out:,} samples were left out before")
     if exclusions:
-        lines += report_hits(exclusions, _quarantined(output))
+        aside = _quarantined(output)
+        lines += report_hits(exclusions, aside)
+        lines += report_left(exclusions, *images_left(gathered, taken_by_name(exclusions, aside)))
     return lines
 
 

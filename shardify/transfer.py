@@ -42,6 +42,7 @@ from shardify.readahead import read_ahead
 from shardify.records import Sample, parse_record
 
 _MAX_NAME = 100  # bytes of a name in a tar header
+_SHRUNK = "image-shrunk"
 _MAX_OPEN = 256  # shards that are kept open; of more, each read opens its own
 
 
@@ -146,14 +147,18 @@ class _Piece(NamedTuple):
     def is_image(self) -> bool:
         return names.is_image_field(self.field)
 
+    @property
+    def is_json(self) -> bool:
+        return self.field.rpartition(".")[2].lower() == names.RECORD_FIELD
+
 
 class _Image(NamedTuple):
-    """An image of the new sample; without a header it cannot be read, and is copied all the same."""
+    """An image of the new sample; without a header it cannot be read, and is copied all the same. `notes` are about it."""
 
     field: str
     data: bytes | memoryview
-    header: ImageHeader | None
-    is_smaller: bool
+    header: ImageHeader | None = None
+    notes: tuple[str, ...] = ()
 
 
 def _copy_samples(
@@ -162,9 +167,7 @@ def _copy_samples(
     content = Content()
     files = _ShardFiles(context.shards, np.unique(task.samples["shard"]).tolist())
     try:
-        read = read_ahead(
-            lambda row: _read(context, files, row), _rows(context, task), size=lambda row: row.size
-        )
+        read = read_ahead(lambda row: _read(context, files, row), _rows(context, task), size=_memory_of)
         for row, pieces in reported(read, writer, report):
             _copy(context, row, pieces, writer, content)
     finally:
@@ -181,6 +184,11 @@ def _rows(context: TransferContext, task: TransferTask) -> Iterator[_Row]:
     ):
         begin, end = end, end + count
         yield _Row(position, shard, offset, size, record, context.sources[source], notes, members[begin:end])
+
+
+def _memory_of(row: _Row) -> int:
+    """Bytes held to read a sample; a frame becomes at least as long as its members reach, however little it is compressed."""
+    return max(row.size, *(offset + size for offset, size, *_ in row.members))
 
 
 def _read(context: TransferContext, files: "_ShardFiles", row: _Row) -> list[_Piece] | SampleError:
@@ -216,7 +224,7 @@ def _copy(
         record = next((bytes(piece.data) for piece in pieces if piece.field == names.RECORD_FIELD), b"")
         with suppress(RecordError):  # any other JSON is copied as it is
             sample = parse_record(record)
-        _require_wanted(context, sample, record, pieces)
+        _require_wanted(context, sample, pieces)
         images = [_picture(context, piece, pieces) for piece in pieces if piece.is_image]
         members = _members(pieces, images)
         _require_fitting(context, key, members)
@@ -238,28 +246,38 @@ def _copy(
         if not sample.strict:
             content.tolerant.append(len(content.rows) - 1)
         content.notes.update(dict.fromkeys(_notes(row, sample, images), 1))
-    elif any(image.is_smaller for image in images):
-        content.notes["image-shrunk"] += 1
+    elif any(_SHRUNK in image.notes for image in images):
+        content.notes[_SHRUNK] += 1
 
 
-def _require_wanted(
-    context: TransferContext, sample: Sample | None, record: bytes, pieces: Sequence[_Piece]
-) -> None:
+def _require_wanted(context: TransferContext, sample: Sample | None, pieces: Sequence[_Piece]) -> None:
     if context.exclusions is None:
         return
-    images = [(piece.xxh3_64, piece.data) for piece in pieces if piece.is_image]
-    lines = context.exclusions.lines(
-        id=sample.id if sample else id_of(record), record=record or None, images=images
+    # in tars of other origin, a picture or a record may have any name
+    others = [piece for piece in pieces if not piece.is_json]
+    lines = set(
+        context.exclusions.lines(
+            id=sample.id if sample else None, images=[(piece.xxh3_64, piece.data) for piece in others]
+        )
     )
+    for piece in pieces:
+        if piece.is_json:
+            lines.update(context.exclusions.lines(id=id_of(bytes(piece.data)), record=piece.data))
     if lines:
-        raise SampleError(EXCLUDED, describe_lines(context.exclusions, lines))
+        raise SampleError(EXCLUDED, describe_lines(context.exclusions, sorted(lines)))
 
 
 def _picture(context: TransferContext, piece: _Piece, pieces: Sequence[_Piece]) -> _Image:
+    notes: tuple[str, ...] = ()
     try:
         header = probe(piece.data)
-    except ImageError:
-        return _Image(piece.field, piece.data, None, is_smaller=False)
+    except ImageError as error:
+        try:  # a cut-off one that was kept has its size all the same
+            header = probe(piece.data, check="none")
+        except ImageError:
+            return _Image(piece.field, piece.data)
+        notes = (error.code,)
+    notes += header.traits
     if context.shrink:
         smaller = shrink(
             piece.data,
@@ -274,8 +292,8 @@ def _picture(context: TransferContext, piece: _Piece, pieces: Sequence[_Piece]) 
                 stem, dot, _ = field.rpartition(".")
                 field = f"{stem}{dot}{header_now.format}"
             if field == piece.field or all(field != other.field for other in pieces):
-                return _Image(field, data, header_now, is_smaller=True)
-    return _Image(piece.field, piece.data, header, is_smaller=False)
+                return _Image(field, data, header_now, (*notes, _SHRUNK))
+    return _Image(piece.field, piece.data, header, notes)
 
 
 def _members(pieces: Sequence[_Piece], images: Sequence[_Image]) -> list[tuple[str, bytes | memoryview]]:
@@ -313,12 +331,10 @@ def _notes(row: _Row, sample: Sample, images: Sequence[_Image]) -> list[str]:
     if not sample.strict:
         notes.append("record-tolerant")
     for image in images:
-        notes += image.header.traits if image.header else ()
-        if image.is_smaller:
-            notes.append("image-shrunk")
+        notes += image.notes
     if len(images) == len(sample.images):
         for reference, image in zip(sample.images, images, strict=True):
-            stem, dot, extension = reference.path.rpartition("/")[2].rpartition(".")
+            stem, dot, extension = reference.path.replace("\\", "/").rpartition("/")[2].rpartition(".")
             if image.header and stem and dot and not same_format(extension, image.header.format):
                 notes.append("image-extension-differs")
     return notes
@@ -332,7 +348,8 @@ def _set_aside(row: _Row, sample: Sample | None, record: bytes, error: SampleErr
         source=row.source,
         id=None if id_ is None else printable(id_),
         code=error.code,
-        detail=printable(error.detail),
+        # whole: the hits of each line are counted from it
+        detail=error.detail if error.code == EXCLUDED else printable(error.detail),
         image=None if image is None else printable(image),
     )
 

@@ -49,9 +49,11 @@ def test_an_id(tmp_path, line, id_, hit):
         ({"url": "https://a.b/c.jpg?x=1#y"}, True),
         ({"URL": " https://a.b/c.jpg?x=1#y "}, True),
         ({"meta": [{"coco_url": ["https://a.b/c.jpg?x=1#y"]}]}, True),
-        ({"caption": "https://a.b/c.jpg?x=1#y"}, False),
+        ({"image": "https://a.b/c.jpg?x=1#y"}, True),
+        ({"image_urls": ["https://a.b/c.jpg?x=1#y"]}, True),
+        ({"caption": "see https://a.b/c.jpg?x=1#y"}, False),
         ({"url": "https://a.b/c.jpg"}, False),
-        (["https://a.b/c.jpg?x=1#y"], False),
+        (["https://a.b/c.jpg?x=1#y"], True),
     ],
 )
 def test_a_url(tmp_path, record, hit):

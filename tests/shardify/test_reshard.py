@@ -133,6 +133,13 @@ def members_of(tar):
     return list(found.values())
 
 
+def add(tar, key, fields):
+    for field, data in fields.items():
+        member = tarfile.TarInfo(f"{key}.{field}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+
 def identity(row):
     return row["source"].rpartition("/")[2], row["record"], row["id"], tuple(row["bytes"].items())
 
@@ -273,6 +280,68 @@ def test_what_a_list_names_is_taken_out_and_told(given, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "list.txt: 6 of 7 entries hit" in told
     assert "nothing was hit by line 8 (nobody)" in told
+
+
+def test_a_sample_that_many_lines_hit_counts_for_all_of_them(tmp_path, capsys):
+    pictures = [picture(number, (4, 3)) for number in range(60)]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "one", {f"{number}.jpg": data for number, data in enumerate(pictures)})
+        add(tar, "two", {"txt": b"stays"})
+    (tmp_path / "list.txt").write_text("\n".join(map(xxhash.xxh3_64_hexdigest, pictures)))
+    reshard(tmp_path / "a.tar", tmp_path / "out", exclude=tmp_path / "list.txt", shards_out=1)
+    told = capsys.readouterr().out
+    assert "60 of 60 entries hit" in told
+    assert "nothing was hit" not in told
+
+
+def test_a_list_knows_pictures_and_records_by_any_name(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "image", {"img": picture(1), "txt": b""})
+        add(tar, "hash", {"bin": picture(2), "txt": b""})
+        add(tar, "record", {"JSON": b'{"id": "x"}'})
+        add(tar, "url", {"jpg": picture(3), "meta.json": b'{"image": {"src": "https://a.b/c"}}'})
+        add(tar, "stays", {"jpg": picture(4), "json": b'{"id": "y"}'})
+    entries = [
+        xxhash.xxh3_64_hexdigest(picture(1)),
+        hashlib.sha256(picture(2)).hexdigest(),
+        "x",
+        "https://a.b/c",
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(entries))
+    manifest = reshard(tmp_path / "a.tar", tmp_path / "out", exclude=tmp_path / "list.txt", shards_out=1)
+    assert manifest.counts.set_aside == {"excluded": 4}
+    assert [row["record"] for row in rows_of(tmp_path / "out")] == [4]
+
+
+def test_samples_that_keep_an_image_of_one_taken_out_by_its_id_are_told(tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, images in enumerate([(1,), (1, 2), (2,), (3,), (3, 4), (4,)]):
+            fields = {f"{at}.jpg": picture(image) for at, image in enumerate(images)}
+            add(tar, f"{number}", {**fields, "json": b'{"id": %d}' % number})
+    # of what a hash names nothing is left; the other picture of a sample is no one's concern
+    (tmp_path / "list.txt").write_text(f"0\n{xxhash.xxh3_64_hexdigest(picture(3))}\n")
+    reshard(tmp_path / "a.tar", tmp_path / "out", exclude=tmp_path / "list.txt", shards_out=1)
+    told = capsys.readouterr().out
+    assert "1 samples that stay have an image of one that was taken out" in told
+    assert told.splitlines()[-2].endswith(f"list its hash: {xxhash.xxh3_64_hexdigest(picture(1))}")
+
+
+def test_an_image_that_was_kept_although_cut_off_stays_what_it_is(tmp_path):
+    (tmp_path / "cut.jpg").write_bytes(picture(1, (400, 300))[:-900])
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Noise."}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"id": "1", "image": "cut.jpg", "conversations": turns}]))
+    pack_dataset(
+        PackOptions(
+            records=[tmp_path / "chat.json"],
+            images=[tmp_path],
+            out=tmp_path / "packed",
+            policies=["image-truncated=keep"],
+            workers=1,
+        )
+    )
+    manifest = reshard(tmp_path / "packed", tmp_path / "out", shards_out=1)
+    assert rows_of(tmp_path / "out")[0]["images"] == rows_of(tmp_path / "packed")[0]["images"]
+    assert manifest.counts.notes == {"image-truncated": 1}
 
 
 def test_compressed_shards_come_in_and_go_out(given, tmp_path):
