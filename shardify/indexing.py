@@ -64,7 +64,10 @@ def index_shards(
 
     sidecars = find_sidecars(selections, say=say, build=build)
     if format == "energon":
-        return [file for selection in selections for file in write_energon(selection.paths, sidecars)]
+        folders: dict[str, list[str]] = {}  # a folder may be named more than once
+        for path in (path for selection in selections for path in selection.paths):
+            folders.setdefault(os.path.realpath(os.path.dirname(path)), []).append(path)
+        return [file for paths in folders.values() for file in write_energon(paths, sidecars, say=say)]
     if format == "dali":
         return [write_dali(path, sidecars[path]) for selection in selections for path in selection.paths]
     return [sidecars[path] for selection in selections for path in selection.paths]

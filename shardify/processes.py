@@ -1,6 +1,7 @@
 """Independent pieces of work, each done by a process of its own: what damaged files do to the libraries that read them stays there."""
 
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import TypeVar
 
-from shardify.engines.local import start_worker
+from shardify.engines.local import die_with, start_worker
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -41,7 +42,7 @@ def each_in_process(
             while waiting and len(running) < workers:
                 number, item = waiting.popleft()
                 here, there = method.Pipe(duplex=False)
-                process = method.Process(target=_work, args=(there, work, item), daemon=True)
+                process = method.Process(target=_work, args=(there, work, item, os.getpid()), daemon=True)
                 start_worker(process)
                 there.close()
                 running[here] = number, process
@@ -62,7 +63,8 @@ def each_in_process(
             connection.close()
 
 
-def _work(connection: Connection, work: Callable[[_Item], _Result], item: _Item) -> None:
+def _work(connection: Connection, work: Callable[[_Item], _Result], item: _Item, parent: int) -> None:
+    die_with(parent)
     try:
         result: _Result | Exception = work(item)
     except Exception as error:  # noqa: BLE001 - raised again by the parent

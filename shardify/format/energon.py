@@ -4,7 +4,7 @@
 .nv-meta/.info.json      samples of each shard
 .nv-meta/index.sqlite    every sample and member, by key
 .nv-meta/index.uuid      identifies that database
-.nv-meta/split.yaml      all shards are for training; written once, then the user's own
+.nv-meta/split.yaml      all shards are for training; the user's own once it is edited
 .nv-meta/dataset.yaml    raw samples, for a cooker to make something of; likewise
 """
 
@@ -13,12 +13,15 @@ import json
 import os
 import sqlite3
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import xxhash
+import yaml
+from braceexpand import braceexpand
 
 from shardify.errors import FormatError
 from shardify.format.files import replacing, write_whole
@@ -44,14 +47,17 @@ CREATE INDEX idx_sample_parts_full ON sample_parts(tar_file_id, sample_index, pa
 """
 
 
-def write_energon(paths: Sequence[str], sidecars: Mapping[str, str]) -> list[str]:
+def write_energon(
+    paths: Sequence[str], sidecars: Mapping[str, str], *, say: Callable[[str], None] = lambda _: None
+) -> list[str]:
     """Make a folder of shards one that ``megatron.energon.get_train_dataset`` opens.
 
-    ``split.yaml`` and ``dataset.yaml`` that are there already are left as they are: they are the user's to edit.
+    ``split.yaml`` and ``dataset.yaml`` that were edited are left as they are.
 
     Args:
         paths: the shards, all of one folder.
         sidecars: shard -> its Parquet file.
+        say: told, in one line, which shards a ``split.yaml`` of the user's leaves out.
 
     Returns:
         The paths of all these files.
@@ -69,7 +75,7 @@ def write_energon(paths: Sequence[str], sidecars: Mapping[str, str]) -> list[str
     except OSError as error:
         raise FormatError(f"{meta}: cannot be written ({error.strerror})") from None
     files = {name: os.path.join(meta, name) for name in (".info.json", "index.sqlite", "index.uuid")}
-    kept = {name: os.path.join(meta, name) for name in ("split.yaml", "dataset.yaml")}
+    split, dataset = (os.path.join(meta, name) for name in ("split.yaml", "dataset.yaml"))
     offsets = [_write_offsets(path, sidecars[path]) for path in paths]
     with replacing(files["index.sqlite"]) as temporary:
         _write_database(temporary, paths, sidecars)
@@ -79,13 +85,55 @@ def write_energon(paths: Sequence[str], sidecars: Mapping[str, str]) -> list[str
     for path in paths:
         digest.update(f"{os.path.basename(path)}\0{read_shard_info(sidecars[path]).xxh3_128}\n".encode())
     write_whole(files["index.uuid"], str(uuid.UUID(bytes=digest.digest(), version=4)).encode())
-    split = {"split_parts": {"train": names, "val": [], "test": []}, "exclude": []}
-    for name, content in (("split.yaml", json.dumps(split, indent=2) + "\n"), ("dataset.yaml", _DATASET)):
-        if not os.path.exists(kept[name]):
-            write_whole(kept[name], content.encode())  # JSON is YAML
+    _write_split(split, names, say)
+    if not os.path.exists(dataset):
+        write_whole(dataset, _DATASET.encode())
     # last: it says that the folder is prepared
     write_whole(files[".info.json"], json.dumps({"shard_counts": counts}, indent=2).encode() + b"\n")
-    return [*(file for file, _ in offsets), *files.values(), *kept.values()]
+    return [*(file for file, _ in offsets), *files.values(), split, dataset]
+
+
+def _write_split(path: str, names: Sequence[str], say: Callable[[str], None]) -> None:
+    """Write the split; one that was edited stays, and what it leaves out is told: Energon would never read it."""
+    try:
+        with open(path, "rb") as file:
+            there = file.read()
+    except FileNotFoundError:
+        there = b""
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+    split: Any = None
+    with suppress(yaml.YAMLError, ValueError, RecursionError):
+        split = yaml.safe_load(there)
+    listed = split.get("split_parts") if isinstance(split, dict) else None
+    if not there or (isinstance(listed, dict) and there == _split(listed.get("train"))):
+        write_whole(path, _split(names))
+        return
+    known = {name for text in _texts(split) for name in _expanded(text)}
+    if lost := [name for name in names if name not in known]:
+        say(
+            f"shardify: {path} leaves out {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}: add them to a part"
+        )
+
+
+def _split(train: object) -> bytes:
+    split = {"split_parts": {"train": train, "val": [], "test": []}, "exclude": []}
+    return json.dumps(split, indent=2, default=str).encode() + b"\n"  # JSON is YAML
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _expanded(text: str) -> list[str]:
+    try:
+        return list(braceexpand(text))
+    except ValueError:
+        return [text]
 
 
 def _write_offsets(path: str, sidecar: str) -> tuple[str, int]:

@@ -8,6 +8,8 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
+from pathlib import Path
 
 import pytest
 
@@ -134,6 +136,28 @@ def test_energons_configuration_stays_the_users(folder):
     }
 
 
+def test_shards_that_come_later_are_in_energons_split_or_told(folder):
+    split = folder / ".nv-meta" / "split.yaml"
+    index(folder, format="energon")
+    make_tar(folder / "00005.tar")
+    index(folder, format="energon")
+    parts = json.loads(split.read_text())["split_parts"]
+    assert parts["train"] == [f"{number:05d}.tar" for number in range(6)]
+    said = []
+    for train, told in (("{00000..00005}.tar", []), ("{00000..00004}.tar", ["00005.tar"])):
+        split.write_text(f"split_parts:\n  train: ['{train}']\n")
+        index_shards(folder, format="energon", say=said.append)
+        assert [line.split(" leaves out ")[1].split(":")[0] for line in said] == told
+
+
+def test_a_folder_named_twice_has_one_energon_index(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    make_tar(tmp_path / "other" / "a.tar")
+    index([folder / "00000.tar", tmp_path / "other", folder / "00001.tar"], format="energon")
+    counts = json.loads((folder / ".nv-meta" / ".info.json").read_text())["shard_counts"]
+    assert counts == {"00000.tar": 1, "00001.tar": 2}
+
+
 def test_energon_needs_unique_keys(tmp_path):
     for name in ("a", "b"):
         make_tar(tmp_path / f"{name}.tar", name="same-{1}")
@@ -183,6 +207,33 @@ def test_a_killed_worker_is_an_error_that_names_its_shard(folder, monkeypatch):
         FormatError, match=r"00002\.tar: cannot be indexed: its process was ended with status -9"
     ):
         index(folder, workers=2)
+
+
+def test_workers_do_not_outlive_a_killed_command(folder):
+    code = """if True:
+        import sys, time
+        from shardify.processes import each_in_process
+        def work(item):
+            open(item, "w").close()
+            time.sleep(600)
+        list(each_in_process(work, sys.argv[1:], workers=1))
+    """
+    there = folder / "there"
+    process = subprocess.Popen([sys.executable, "-c", code, str(there)])
+    while not there.exists():
+        time.sleep(0.01)
+    (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    for _ in range(1000):
+        if (
+            not os.path.exists(f"/proc/{worker}")
+            or Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        ):
+            return
+        time.sleep(0.01)
+    os.kill(int(worker), 9)
+    pytest.fail("a worker goes on")
 
 
 def test_through_the_command_line(folder):
