@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from shardify.errors import SourceError
 from shardify.format.names import IMAGE_FORMATS
+from shardify.sources.parquet import open_parquet
 
 _COLUMNS = ("image", "images")
 _MOST_GROUPS = 20  # row groups read for one look; rows of others are passed over
@@ -27,14 +28,10 @@ class ParquetTable:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        try:
-            with pq.ParquetFile(path) as file:
-                names = file.schema_arrow.names
-                self._starts = np.cumsum(
-                    [0, *(file.metadata.row_group(n).num_rows for n in range(file.num_row_groups))]
-                )
-        except (OSError, pa.ArrowException) as error:
-            raise SourceError(f"{path}: cannot be read as Parquet ({error})") from None
+        with open_parquet(path) as file:
+            names = file.schema_arrow.names
+            groups = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+        self._starts = np.cumsum([0, *groups])
         if not {"conversations", "messages", "texts"}.intersection(names):
             raise SourceError(
                 f"{path}: has the columns {', '.join(names[:10])}; 'conversations', 'messages' or 'texts' is needed"
@@ -54,24 +51,30 @@ class ParquetTable:
         """
         groups = np.searchsorted(self._starts, np.asarray(numbers), side="right") - 1
         wanted = dict.fromkeys(groups.tolist())
-        for group in list(wanted)[:_MOST_GROUPS]:
-            counts = self._counts(group)
-            first = int(self._starts[group])
-            for number, of in zip(numbers, groups.tolist(), strict=True):
-                if of == group:
-                    yield counts[number - first]
+        try:
+            for group in list(wanted)[:_MOST_GROUPS]:
+                counts = self._counts(group)
+                first = int(self._starts[group])
+                for number, of in zip(numbers, groups.tolist(), strict=True):
+                    if of == group:
+                        yield counts[number - first]
+        except IndexError:
+            raise SourceError(
+                f"{self._path}: damaged: it has fewer rows or columns than it says; get it again"
+            ) from None
 
     def _counts(self, group: int) -> list[int]:
         rows = int(self._starts[group + 1] - self._starts[group])
         if self._column is None:
             return [0] * rows
         try:
-            with pq.ParquetFile(self._path) as file:
+            with open_parquet(self._path) as file:
                 # of a struct only one child: whether the struct itself is null shows in any of them
                 column = file.read_row_group(group, columns=_leaves(file, self._column)).column(0)
-        except (OSError, pa.ArrowException) as error:
+                values = column.to_pylist()
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise SourceError(f"{self._path}: cannot be read as Parquet ({error})") from None
-        return [_count(value) for value in column.to_pylist()]
+        return [_count(value) for value in values]
 
 
 class TarSamples:
@@ -96,7 +99,7 @@ class TarSamples:
                         is_image = field.lower().rpartition(".")[2] in IMAGE_FORMATS
                         counts[key] = counts.get(key, 0) + is_image
                     tar.members = []  # type: ignore[attr-defined]  # a million of them would be kept
-        except (OSError, tarfile.TarError) as error:
+        except Exception as error:  # noqa: BLE001 - tarfile raises nearly anything on damaged headers
             raise SourceError(f"{path}: cannot be read as a tar ({error})") from None
         self._counts = list(counts.values())
 

@@ -9,7 +9,7 @@ bytes, NaN or infinity, null, which is counted.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ _BATCH_BYTES = 32 * 1024 * 1024
 _BATCH_ROWS = 4096
 _BATCH_IMAGES = 64  # rows; of one image for all, a row group says only its size once
 _IMAGE_COLUMNS = ("image", "images")
-_TURN_COLUMNS = ("conversations", "messages")
+_TURN_COLUMNS = ("conversations", "messages", "texts")
 _Rows = npt.NDArray[np.int64]
 
 
@@ -44,7 +44,7 @@ def read_parquet(paths: Sequence[str], spool: Spool) -> None:
         SourceError: a file is no Parquet, damaged, or has a column that JSON has no form for.
     """
     for path in paths:
-        with _opened(path) as file:
+        with open_parquet(path) as file:
             schema = file.schema_arrow
             repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
             if repeated:
@@ -64,7 +64,7 @@ def spool_bytes(paths: Sequence[str]) -> tuple[int, bool]:
     """
     total, embeds = 0, False
     for path in paths:
-        with _opened(path) as file:
+        with open_parquet(path) as file:
             total += sum(
                 file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups)
             )
@@ -72,14 +72,32 @@ def spool_bytes(paths: Sequence[str]) -> tuple[int, bool]:
     return total, embeds
 
 
-def _opened(path: str) -> pq.ParquetFile:
+def open_parquet(path: str) -> pq.ParquetFile:
+    """Open a Parquet file.
+
+    Raises:
+        SourceError: it is none, or damaged.
+    """
     try:
         # no buffer of whole column chunks: a row group of images may be gigabytes
-        return pq.ParquetFile(path, pre_buffer=False, buffer_size=1024 * 1024)
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1024 * 1024)
+        _read_names(file.schema_arrow)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise SourceError(
             f"{path}: no Parquet file, or damaged ({_first_line(error)}); get it again"
         ) from None
+    return file
+
+
+def _read_names(fields: Iterable[pa.Field]) -> None:
+    """Read all names, which nothing else has done yet.
+
+    Raises:
+        UnicodeDecodeError: one is not UTF-8.
+    """
+    for field in fields:
+        _ = field.name
+        _read_names(field.type.field(number) for number in range(field.type.num_fields))
 
 
 def _batches(file: pq.ParquetFile, path: str, most: int) -> Iterator[pa.RecordBatch]:

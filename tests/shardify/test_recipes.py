@@ -547,7 +547,7 @@ def test_check_of_parquet_looks_at_the_rows_that_have_an_image(tmp_path, of_stru
     assert (report.records[0].first.found, report.records[0].first.text_only) == (15, 5)
     (tmp_path / "data/train-00001-of-00002.parquet").write_bytes(b"PAR1 cut off")
     (fault,) = check_recipe(recipe, tmp_path).faults
-    assert "train-00001-of-00002.parquet: cannot be read as Parquet" in fault
+    assert "train-00001-of-00002.parquet: no Parquet file, or damaged" in fault
 
 
 def test_check_of_tars_counts_samples_by_their_headers(tmp_path):
@@ -563,6 +563,13 @@ def test_check_of_tars_counts_samples_by_their_headers(tmp_path):
     report = check_recipe(recipe, tmp_path)
     assert report.complete, report.faults
     assert (report.records[0].first.found, report.records[0].first.text_only) == (4, 2)
+    damaged = bytearray((tmp_path / "00001.tar").read_bytes())
+    damaged[124:136] = b"\x80\x7f" + b"\xff" * 10  # a size beyond all numbers
+    damaged[148:156] = b" " * 8
+    damaged[148:156] = b"%06o\0 " % sum(damaged[:512])
+    (tmp_path / "00001.tar").write_bytes(damaged)
+    (fault,) = check_recipe(recipe, tmp_path).faults
+    assert "00001.tar: cannot be read as a tar" in fault
 
 
 def test_check_tolerates_what_a_recipe_says_is_missing_but_not_a_whole_root(tmp_path):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from shardify.errors import SourceError
 from shardify.prepare import prepare
+from shardify.recipes.embedded import ParquetTable
 from shardify.sources.open import needs_spool, open_source
 from shardify.sources.spec import SourceSpec
 
@@ -368,6 +369,43 @@ def test_broken_files_are_named(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(SourceError, match=r"a\.parquet: row group 2 cannot be read from row 20 on"):
         opened(path, tmp_path / "spool")
+
+
+def test_any_damage_is_a_clear_refusal_or_none(tmp_path):
+    path = write(
+        tmp_path / "a.parquet",
+        {
+            "image": [{"bytes": b"x" * 50, "path": "a.jpg"}] * 20,
+            "conversations": [TURNS] * 20,
+        },
+        {"image": IMAGE_TYPE, "conversations": TURN_TYPE},
+        row_group_size=7,
+        store_schema=False,
+    )
+    whole = path.read_bytes()
+    named = 0
+    # the names in the file's own words; a byte of each is made no UTF-8
+    places = [at for name in (b"image", b"bytes", b"value") for at in _all_of(whole, name)]
+    for at in [*places, *np.random.default_rng(0).integers(len(whole) - 1500, len(whole), 150).tolist()]:
+        damaged = bytearray(whole)
+        damaged[at] = 0xFF
+        path.write_bytes(damaged)
+        for read in (
+            lambda: opened(path, tmp_path / "spool"),
+            lambda: list(ParquetTable(os.fspath(path)).images(range(20))),
+        ):
+            try:
+                read()
+            except SourceError as error:
+                named += 1
+                assert str(path) in str(error)
+    assert named >= len(places)
+
+
+def _all_of(content, name):
+    at = -1
+    while (at := content.find(name, at + 1)) >= 0:
+        yield at
 
 
 def test_two_columns_of_one_name(tmp_path):
