@@ -32,6 +32,7 @@ HINTS = tuple(f'"{name}"'.encode() for name in ("messages", "content", "texts", 
 """A record without any of these bytes has nothing of another schema in it."""
 
 _ROLES = {"user": "human", "assistant": "gpt"}
+_SYSTEM = ("system", "developer")
 _TOKEN = "<image>"  # noqa: S105
 _OTHER_TOKEN = "<IMG_CONTEXT>"  # noqa: S105 - InternVL's and xtuner's place for an image
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -81,7 +82,7 @@ def to_llava(record: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]
             if (
                 number == 0
                 and list(turn) == ["from", "value"]
-                and turn["from"] == "system"
+                and turn["from"] in _SYSTEM
                 and not found.media
             ):
                 found.system = turn["value"]

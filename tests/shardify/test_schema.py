@@ -127,6 +127,7 @@ def test_a_leading_system_message_is_no_turn():
     new, _ = converted({"id": 1, "messages": [system, ASK, ANSWER]})
     assert new["system_prompt"] == "Be brief."
     assert [turn["from"] for turn in new["conversations"]] == ["human", "gpt"]
+    assert converted({"id": 1, "messages": [{**system, "role": "developer"}, ASK, ANSWER]})[0] == new
     # never in the place of another; elsewhere it is a turn, which is counted as an unknown role
     new, _ = converted({"system_prompt": "Own.", "messages": [system, ASK, system, ANSWER]})
     assert (new["system_prompt"], new["system_prompt_"]) == ("Own.", "Be brief.")
