@@ -229,6 +229,43 @@ def test_other_settings_are_refused_while_it_is_unfinished(server, expected, tem
     assert server.keys("lab", "begun/") == [".packing/plan.json"]
 
 
+def test_a_set_in_s3_is_added_to_and_other_commands_leave_that_alone(source, server, temporary, tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise."}]
+    more = tmp_path / "more.json"
+    more.write_text(
+        json.dumps(
+            [{"id": n, "image": f"coco/photo {n % 10} ü#.jpg", "conversations": turns} for n in range(9)]
+        )
+    )
+    env = environment(server, temporary)
+    trees = []
+    for out in (tmp_path / "set", "s3://lab/grown/set"):
+        images = "s3://lab/data/images" if "://" in str(out) else source / "images"
+        base = command(source / "chat.json", images, out)
+        add = command(more, images, out, "--append", "--read-order", "--workers", 2)
+        assert run(base, env).returncode == 0
+        if "://" in str(out):
+            # begun, and ended after its plan was written
+            process = subprocess.Popen(
+                add, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+            while ".packing/plan.json" not in server.keys("lab", "grown/set/"):
+                assert process.poll() is None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert "adding records to it was begun" in run(base, env).stdout
+        done = run(add, env)
+        assert done.returncode == 0, done.stderr
+        trees.append(
+            server.objects("lab", "grown/set/")
+            if "://" in str(out)
+            else {path.name: path.read_bytes() for path in out.iterdir()}
+        )
+    assert trees[0] == trees[1]
+    assert len(trees[0]) == 2 * 2 * SHARDS + 3
+    assert not any(temporary.iterdir())
+
+
 @pytest.mark.parametrize("fault", [500, s3.CUT])
 def test_an_upload_that_fails_half_way(server, expected, temporary, fault):
     """Nothing of it stands under a final name, no part is left behind, the message is one line, and a later run continues."""
