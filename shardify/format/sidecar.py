@@ -7,7 +7,6 @@ while it was written, and the counts of notes. A finished sidecar is thus all th
 import os
 from array import array
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -307,6 +306,9 @@ def read_sidecar(
                 opened,
                 columns=list(columns) if columns is not None else None,
                 page_checksum_verification=True,
+                # no thread of Arrow's: see `_opened`
+                use_threads=False,
+                pre_buffer=False,
                 thrift_string_size_limit=_MAX_METADATA_BYTES,
             )
     except FileNotFoundError:
@@ -320,11 +322,12 @@ def read_sidecar(
     return table
 
 
-def _opened(path: str | os.PathLike[str], file: BinaryIO | None) -> AbstractContextManager[BinaryIO]:
-    return open(path, "rb") if file is None else nullcontext(file)
+def _opened(path: str | os.PathLike[str], file: BinaryIO | None = None) -> pa.NativeFile:
+    """A file of Arrow's own: its threads let go of Python's even while the interpreter ends, which aborts the process now and then."""
+    return pa.OSFile(os.fsencode(path), "rb") if file is None else pa.BufferReader(file.read())
 
 
-def _metadata(file: BinaryIO) -> dict[bytes, bytes]:
+def _metadata(file: pa.NativeFile) -> dict[bytes, bytes]:
     opened = pq.ParquetFile(file, thrift_string_size_limit=_MAX_METADATA_BYTES)
     found: dict[bytes, bytes] = opened.schema_arrow.metadata or {}
     return found
@@ -354,7 +357,7 @@ def is_sidecar(path: str | os.PathLike[str]) -> bool:
     A damaged file counts as a sidecar, so that reading it says what is wrong.
     """
     try:
-        with open(path, "rb") as file:
+        with _opened(path) as file:
             return _METADATA_KEY in _metadata(file)
     except (pa.ArrowInvalid, pa.ArrowException, OSError):
         return True
