@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -47,13 +48,15 @@ def index_shards(
     if format not in FORMATS:
         raise UsageError(f"index format {format!r}; there are {', '.join(FORMATS)}")
     selections = select_shards(shards)
-    processes = workers or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
+    processes = workers or cores
 
     def build(paths: Sequence[str]) -> Iterator[str]:
         # once, before processes are forked: pyarrow looks for pandas at its first array, which takes as long as a shard does
         pa.array(np.zeros(1))
         with Progress("indexing", total=len(paths), unit="shards") as progress:
-            results = each_in_process(build_sidecar, paths, workers=processes)
+            build_one = partial(build_sidecar, ahead=processes < cores)
+            results = each_in_process(build_one, paths, workers=processes)
             for path, result in zip(paths, results, strict=True):
                 if isinstance(result, Ended):
                     raise FormatError(

@@ -1,14 +1,56 @@
-"""A file read front to back by a thread, one buffer ahead of who works on it."""
+"""A file read front to back, one buffer ahead of who works on it when there is a core to spare."""
 
 import threading
 from io import FileIO
+from typing import Protocol
+
+
+class Reader(Protocol):
+    """Fills one buffer at a time: `ask` for it, do something else, `take` it."""
+
+    def ask(self, buffer: memoryview) -> None:
+        """Have the next bytes read into a buffer, which belongs to the reader until `take`."""
+        ...
+
+    def take(self) -> int:
+        """Wait for the bytes asked for.
+
+        Returns:
+            How many they are; 0 at the end of the file, and for good.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        ...
+
+    def close(self) -> None:
+        """The file may be closed then."""
+        ...
+
+
+class ReadNow:
+    """See `Reader`: reads when the bytes are taken."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self._buffer = memoryview(b"")
+
+    def ask(self, buffer: memoryview) -> None:
+        """See `Reader`."""
+        self._buffer = buffer
+
+    def take(self) -> int:
+        """See `Reader`."""
+        return self._file.readinto(self._buffer)
+
+    def close(self) -> None:
+        """See `Reader`."""
 
 
 class ReadAhead:
-    """Fills one buffer at a time: `ask` for it, do something else, `take` it.
+    """See `Reader`: a thread reads, from where the file stands.
 
-    Args:
-        file: unbuffered; read from where it stands, by nobody else until `close`.
+    On a busy machine it waits for its turn again and again, and is in the way.
     """
 
     def __init__(self, file: FileIO) -> None:
@@ -25,28 +67,21 @@ class ReadAhead:
         self._thread.start()
 
     def ask(self, buffer: memoryview) -> None:
-        """Have the next bytes read into a buffer, which belongs to the thread until `take`."""
+        """See `Reader`."""
         self._wait()
         self._taken = False
         self._buffer = buffer
         self._asked.release()
 
     def take(self) -> int:
-        """Wait for the bytes asked for.
-
-        Returns:
-            How many they are; 0 at the end of the file. The same again when nothing was asked for since.
-
-        Raises:
-            OSError: they cannot be read.
-        """
+        """See `Reader`."""
         self._wait()
         if self._error is not None:
             raise self._error
         return self._count
 
     def close(self) -> None:
-        """End the thread; the file may be closed then."""
+        """See `Reader`; ends the thread."""
         self._wait()
         self._buffer = None
         self._asked.release()

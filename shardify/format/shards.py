@@ -455,8 +455,12 @@ def _current_sidecar(path: str, size: int) -> str | None:
     return sidecar
 
 
-def build_sidecar(path: str) -> str:
+def build_sidecar(path: str, *, ahead: bool = False) -> str:
     """Index a shard made by others; the sidecar goes beside it, or into the user's cache folder when it cannot.
+
+    Args:
+        path: the shard.
+        ahead: have a thread read ahead, see `scan_shard`.
 
     Returns:
         The sidecar's path.
@@ -466,7 +470,7 @@ def build_sidecar(path: str) -> str:
     """
     from shardify.format.scan import scan_shard
 
-    scanned = scan_shard(path, name=os.path.basename(path))
+    scanned = scan_shard(path, name=os.path.basename(path), ahead=ahead)
     beside = _beside(path)
     target = (
         _cached(path)

@@ -22,11 +22,14 @@ from shardify.format.headers import (
     parse_header,
     says_nothing,
 )
-from shardify.format.readahead import ReadAhead
+from shardify.format.readahead import ReadAhead, Reader, ReadNow
 from shardify.format.tar import padding, split_name
 
-WINDOW_BYTES = 4 * 1024 * 1024
+CACHED_BYTES = 2 * 1024 * 1024
 """Read at a time: what stays in the processor's cache while it is hashed, walked and looked into."""
+
+WINDOW_BYTES = 4 * 1024 * 1024
+"""The same when a thread reads ahead: enough to keep both busy for a while."""
 
 _MARGIN = 256 * 1024
 
@@ -62,12 +65,13 @@ class Window(Protocol):
 
 
 class FileWindow:
-    """A file, hashed on its way through two buffers: while one is hashed and walked, a thread reads into the other.
+    """A file, hashed on its way through two buffers.
 
-    Use it in a ``with`` block, which ends the thread.
+    Use it in a ``with`` block, which ends its thread.
 
     Args:
         file: unbuffered, at its begin.
+        ahead: while one buffer is hashed and walked, a thread reads into the other.
 
     Attributes:
         digest: xxh3_128 of what was read so far.
@@ -75,29 +79,30 @@ class FileWindow:
 
     partial = False
 
-    def __init__(self, file: FileIO) -> None:
+    def __init__(self, file: FileIO, *, ahead: bool = False) -> None:
         self.base = 0
         self.total = os.fstat(file.fileno()).st_size
         self.marked = False
         self.digest = xxhash.xxh3_128()
         self._view = _NOTHING
         # what is left of one buffer is copied in front of the other
-        self._front, self._back = (memoryview(bytearray(_MARGIN + WINDOW_BYTES)) for _ in range(2))
-        self._ahead = ReadAhead(file)
-        self._ahead.ask(self._back[_MARGIN:])
+        size = _MARGIN + (WINDOW_BYTES if ahead else CACHED_BYTES)
+        self._front, self._back = memoryview(bytearray(size)), memoryview(bytearray(size))
+        self._reader: Reader = ReadAhead(file) if ahead else ReadNow(file)
+        self._reader.ask(self._back[_MARGIN:])
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ahead.close()
+        self._reader.close()
 
     def advance(self, used: int, need: int) -> memoryview:
         """See `Window`."""
         self.base += used
         view = self._view[used:]
         while len(view) < need:
-            count = self._ahead.take()
+            count = self._reader.take()
             if not count:
                 break  # and so for good: nothing more is asked for
             self._front, self._back = self._back, self._front
@@ -108,7 +113,7 @@ class FileWindow:
                 view = self._front[_MARGIN - left : _MARGIN + count]
             else:
                 view = memoryview(b"".join((view, block)))
-            self._ahead.ask(self._back[_MARGIN:])
+            self._reader.ask(self._back[_MARGIN:])
             # the thread begins to read now, when hashing leaves it Python's lock
             self.digest.update(block)
         self._view = view

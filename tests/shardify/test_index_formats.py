@@ -197,7 +197,7 @@ def test_the_first_bad_shard_is_named_and_good_ones_stay_indexed(folder):
 
 
 def test_a_killed_worker_is_an_error_that_names_its_shard(folder, monkeypatch):
-    def dies(path):
+    def dies(path, *, ahead):
         if path.endswith("00002.tar"):
             os.kill(os.getpid(), 9)
         return path
