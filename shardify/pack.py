@@ -512,8 +512,9 @@ def _picture(context: PackContext, data: bytes) -> _Picture:
     except ImageError as error:
         if context.policies.action(error.code) != KEEP:
             raise
+        # kept as it is: there is no whole picture to make smaller
         header = probe(data, check="none")
-        notes = (error.code, *header.traits)
+        return _Picture(data, header, (error.code, *header.traits))
     if context.shrink:
         from shardify.images.shrink import shrink
 

@@ -107,6 +107,8 @@ def test_a_truncated_image_can_be_kept(source):
     kept = pack(source, policies=["image-truncated=keep"], out=source / "kept")
     assert (kept.counts.packed, kept.counts.notes) == (30, {"image-truncated": 1})
     assert verify_shards(str(source / "kept"), workers=1)
+    small = pack(source, policies=["image-truncated=keep"], shortest_edge=16, out=source / "small")
+    assert small.counts.notes == {"image-truncated": 1, "image-shrunk": 29}
 
 
 def test_how_closely_images_are_looked_at(source):

@@ -496,3 +496,9 @@ def test_reading_any_bytes_as_a_sample_gives_members_or_one_error(data, seed):
             assert "here" in str(error)
         else:
             assert members
+
+
+def test_an_image_that_is_cut_off_has_its_size_all_the_same(tmp_path):
+    write_tar(tmp_path / "a.tar", [("1.jpg", picture(size=(300, 200))[:-200])])
+    ((row,), _) = scan(tmp_path / "a.tar")
+    assert (row.images[0].format, row.images[0].width, row.images[0].height) == ("jpg", 300, 200)
