@@ -5,9 +5,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import numpy as np
-import pyarrow as pa
-
 import shardify.format.scan  # noqa: F401 - before processes are forked that need it
 from shardify.errors import FormatError, UsageError
 from shardify.format.dali import write_dali
@@ -52,8 +49,6 @@ def index_shards(
     processes = workers or cores
 
     def build(paths: Sequence[str]) -> Iterator[str]:
-        # once, before processes are forked: pyarrow looks for pandas at its first array, which takes as long as a shard does
-        pa.array(np.zeros(1))
         with Progress("indexing", total=len(paths), unit="shards") as progress:
             build_one = partial(build_sidecar, ahead=processes < cores)
             results = each_in_process(build_one, paths, workers=processes)

@@ -12,7 +12,7 @@ import xxhash
 
 from shardify.errors import FormatError
 from shardify.format.hashing import hash_file
-from shardify.format.sidecar import ShardInfo
+from shardify.format.sidecar import ShardInfo, numbers_of
 
 INDEX_DTYPE = np.dtype(
     [
@@ -47,15 +47,15 @@ def index_rows(table: pa.Table, info: ShardInfo, shard: int) -> npt.NDArray[np.v
         FormatError: a sample is larger than 4 GiB or has more than 65,535 images.
     """
     rows = np.zeros(table.num_rows, dtype=INDEX_DTYPE)
-    size = table["size"].to_numpy()
-    images = pc.list_value_length(table["images"]).to_numpy()
+    size = numbers_of(table["size"])
+    images = numbers_of(pc.list_value_length(table["images"]))
     if len(rows) and (size.max() > MAX_SIZE or images.max() > MAX_IMAGES):
         raise FormatError(
             f"shard {shard}: a sample of {size.max()} bytes or {images.max()} images is beyond the index"
         )
-    rows["offset"] = table["offset"].to_numpy()
+    rows["offset"] = numbers_of(table["offset"])
     rows["size"] = size
-    rows["words"] = table["words"].to_numpy()
+    rows["words"] = numbers_of(table["words"])
     rows["images"] = images
     rows["shard"] = shard
     rows["flags"][info.tolerant] |= FLAG_TOLERANT

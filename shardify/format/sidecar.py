@@ -8,7 +8,7 @@ import os
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -60,6 +60,8 @@ SCHEMA = pa.schema(
     ]
 )
 _METADATA_KEY = b"shardify"
+# what Arrow raises over damaged files; texts that are no UTF-8 among them
+_UNREADABLE = (pa.ArrowException, OSError, ValueError)
 _MAX_METADATA_BYTES = 2**31 - 1  # what a shard of nothing but records set aside may need
 
 
@@ -223,18 +225,18 @@ class SidecarBuilder:
         images = np.array(self._images, np.int32).reshape(-1, 2)
         spans = np.asarray(spans, np.int64).reshape(len(self), 2)
         columns = {
-            "key": pa.array(self._keys, pa.string()),
-            "id": pa.array(self._ids, pa.string()),
+            "key": _texts(self._keys),
+            "id": _texts(self._ids),
             "record": _to_arrow(self._records, pa.int64()),
-            "offset": pa.array(spans[:, 0]),
-            "size": pa.array(spans[:, 1]),
+            "offset": _numbers(spans[:, 0], pa.int64()),
+            "size": _numbers(spans[:, 1], pa.int64()),
             "members": _lists(
                 "members",
                 self._member_ends,
                 [
                     _strings(self._member_fields, self._field_numbers),
-                    pa.array(members[:, 0]),
-                    pa.array(members[:, 1]),
+                    _numbers(members[:, 0], pa.int64()),
+                    _numbers(members[:, 1], pa.int64()),
                     _to_arrow(self._member_hashes, pa.uint64()),
                 ],
             ),
@@ -244,8 +246,8 @@ class SidecarBuilder:
                 [
                     _strings(self._image_fields, self._field_numbers),
                     _strings(self._image_formats, self._format_numbers),
-                    pa.array(images[:, 0]),
-                    pa.array(images[:, 1]),
+                    _numbers(images[:, 0], pa.int32()),
+                    _numbers(images[:, 1], pa.int32()),
                 ],
             ),
             "turns": _to_arrow(self._turns, pa.int32()),
@@ -277,8 +279,26 @@ def _to_arrow(column: "array[int]", kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(column), [None, pa.py_buffer(column)])
 
 
+# not pa.array, which imports pandas at its first use where that is installed: as long as a shard takes
+
+
+def _numbers(column: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    return pa.Array.from_buffers(kind, len(column), [None, pa.py_buffer(np.ascontiguousarray(column))])
+
+
+def _texts(texts: Sequence[str | None]) -> pa.Array:
+    encoded = [b"" if text is None else text.encode() for text in texts]
+    ends = np.zeros(len(texts) + 1, np.int32)
+    np.cumsum([len(text) for text in encoded], out=ends[1:])
+    absent = [text is None for text in texts]
+    valid = pa.py_buffer(np.packbits(~np.array(absent), bitorder="little")) if any(absent) else None
+    return pa.Array.from_buffers(
+        pa.string(), len(texts), [valid, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))]
+    )
+
+
 def _strings(column: "array[int]", numbers: dict[str, int]) -> pa.Array:
-    return pa.array(list(numbers), pa.string()).take(_to_arrow(column, pa.uint32()))
+    return _texts(list(numbers)).take(_to_arrow(column, pa.uint32()))
 
 
 def _lists(name: str, ends: "array[int]", children: list[pa.Array]) -> pa.Array:
@@ -302,24 +322,34 @@ def read_sidecar(
     """
     try:
         with _opened(path, file) as opened:
-            table = pq.read_table(
+            parquet = pq.ParquetFile(
                 opened,
-                columns=list(columns) if columns is not None else None,
                 page_checksum_verification=True,
-                # no thread of Arrow's: see `_opened`
-                use_threads=False,
                 pre_buffer=False,
                 thrift_string_size_limit=_MAX_METADATA_BYTES,
             )
+            # no thread of Arrow's: see `_opened`
+            table = parquet.read(list(columns) if columns is not None else None, use_threads=False)
     except FileNotFoundError:
         raise FormatError(f"{os.fspath(path)}: no such sidecar") from None
-    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         raise FormatError(f"{os.fspath(path)}: not a readable sidecar ({error})") from None
     wanted = SCHEMA if columns is None else [SCHEMA.field(name) for name in columns]
     for field in wanted:
         if field.name not in table.schema.names or table.schema.field(field.name).type != field.type:
             raise FormatError(f"{os.fspath(path)}: column {field.name!r} of type {field.type} is missing")
     return table
+
+
+def numbers_of(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """A column of whole numbers without nulls, as an array. Not by Arrow's `to_numpy`, which imports pandas where that is installed."""
+    dtype = np.dtype(str(column.type))
+    parts = [
+        np.frombuffer(chunk.buffers()[1], dtype, len(chunk), chunk.offset * dtype.itemsize)
+        for chunk in column.chunks
+        if len(chunk)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
 
 def _opened(path: str | os.PathLike[str], file: BinaryIO | None = None) -> pa.NativeFile:
@@ -347,7 +377,7 @@ def read_shard_info(path: str | os.PathLike[str], *, file: BinaryIO | None = Non
         raise FormatError(f"{os.fspath(path)}: no such sidecar") from None
     except KeyError:
         raise FormatError(f"{os.fspath(path)}: a Parquet file, but not written by shardify") from None
-    except (pa.ArrowInvalid, pa.ArrowException, OSError, msgspec.MsgspecError) as error:
+    except (*_UNREADABLE, msgspec.MsgspecError) as error:
         raise FormatError(f"{os.fspath(path)}: not a readable sidecar ({error})") from None
 
 
@@ -359,5 +389,5 @@ def is_sidecar(path: str | os.PathLike[str]) -> bool:
     try:
         with _opened(path) as file:
             return _METADATA_KEY in _metadata(file)
-    except (pa.ArrowInvalid, pa.ArrowException, OSError):
+    except _UNREADABLE:
         return True
