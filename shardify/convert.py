@@ -28,7 +28,7 @@ from shardify.plan import Cut, Plan, make_cut, make_plan
 from shardify.progress import Progress
 from shardify.promise import Promise, check_promise, end_work, is_finished, read_finished, write_promise
 from shardify.records import MAX_RECORD_BYTES
-from shardify.run import EXAMPLES, Engine, Job, allowed_bad, carry_out, examples
+from shardify.run import EXAMPLES, Engine, Job, allowed_bad, carry_out, check_options, examples
 from shardify.scatter import scatter_images
 from shardify.sources.llava import RecordFile, open_unchanged, record_names
 from shardify.sources.open import needs_spool, open_source
@@ -193,20 +193,17 @@ def _check_options(options: PackOptions) -> Cut:
         shards=options.shards,
         multiple_of=options.multiple_of,
     )
-    allowed_bad(options.max_bad, records=0)  # an unreadable limit is refused before anything is read
+    check_options(
+        max_bad=options.max_bad,
+        compress=options.compress,
+        engine=options.engine,
+        ray_address=options.ray_address,
+        shortest_edge=options.shortest_edge,
+        quality=options.quality,
+    )
     make_policies(options.policies)
     if options.check not in CHECKS:
         raise UsageError(f"--check {options.check}: one of {', '.join(CHECKS)} is needed")
-    if options.compress not in (None, "zstd"):
-        raise UsageError(f"--compress {options.compress}: only zstd is known")
-    if options.engine not in ("local", "ray"):
-        raise UsageError(f"--engine {options.engine}: local or ray is needed")
-    if options.ray_address is not None and options.engine != "ray":
-        raise UsageError(f"--ray-address {options.ray_address}: belongs to --engine ray")
-    if options.shortest_edge is not None and options.shortest_edge < 1:
-        raise UsageError(f"--shortest-edge {options.shortest_edge}: must be at least 1")
-    if not 1 <= options.quality <= 100:
-        raise UsageError(f"--quality {options.quality}: 1 to 100 is needed")
     if not options.records and not options.sources:
         raise UsageError("no records are named; give record files, or --recipe NAME --root DIR")
     return cut

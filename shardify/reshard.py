@@ -41,7 +41,7 @@ from shardify.pack import Shrink
 from shardify.plan import Cut, Plan, make_cut, make_plan
 from shardify.progress import Progress
 from shardify.promise import Promise, check_promise, end_work, is_finished, write_promise
-from shardify.run import Engine, Job, allowed_bad, carry_out
+from shardify.run import Engine, Job, carry_out, check_options
 from shardify.select import parse_filter
 from shardify.transfer import InputShard, TransferContext, TransferTask, reshard_shard
 
@@ -154,17 +154,14 @@ def _check_options(options: ReshardOptions) -> Cut:
         shards=options.shards_out,
         multiple_of=options.multiple_of,
     )
-    allowed_bad(options.max_bad, records=0)  # an unreadable limit is refused before anything is read
-    if options.compress not in (None, names.ZSTD):
-        raise UsageError(f"--compress {options.compress}: only {names.ZSTD} is known")
-    if options.engine not in ("local", "ray"):
-        raise UsageError(f"--engine {options.engine}: local or ray is needed")
-    if options.ray_address is not None and options.engine != "ray":
-        raise UsageError(f"--ray-address {options.ray_address}: belongs to --engine ray")
-    if options.shortest_edge is not None and options.shortest_edge < 1:
-        raise UsageError(f"--shortest-edge {options.shortest_edge}: must be at least 1")
-    if not 1 <= options.quality <= 100:
-        raise UsageError(f"--quality {options.quality}: 1 to 100 is needed")
+    check_options(
+        max_bad=options.max_bad,
+        compress=options.compress,
+        engine=options.engine,
+        ray_address=options.ray_address,
+        shortest_edge=options.shortest_edge,
+        quality=options.quality,
+    )
     if options.max_samples is not None and options.max_samples < 1:
         raise UsageError(f"--max-samples {options.max_samples}: must be at least 1")
     return cut

@@ -103,6 +103,33 @@ def allowed_bad(text: str, *, records: int) -> int:
     return int(match[1]) if match[1] else int(records * Fraction(match[2]) / 100)
 
 
+def check_options(
+    *,
+    max_bad: str,
+    compress: str | None,
+    engine: str,
+    ray_address: str | None,
+    shortest_edge: int | None,
+    quality: int,
+) -> None:
+    """Check the options that every command has which writes a data set, before anything is read.
+
+    Raises:
+        UsageError: a value that makes no sense.
+    """
+    allowed_bad(max_bad, records=0)
+    if compress not in (None, names.ZSTD):
+        raise UsageError(f"--compress {compress}: only {names.ZSTD} is known")
+    if engine not in ("local", "ray"):
+        raise UsageError(f"--engine {engine}: local or ray is needed")
+    if ray_address is not None and engine != "ray":
+        raise UsageError(f"--ray-address {ray_address}: belongs to --engine ray")
+    if shortest_edge is not None and shortest_edge < 1:
+        raise UsageError(f"--shortest-edge {shortest_edge}: must be at least 1")
+    if not 1 <= quality <= 100:
+        raise UsageError(f"--quality {quality}: 1 to 100 is needed")
+
+
 def carry_out(job: Job[_Context, _Task], engine: Engine) -> list[str]:
     """Make what is not made yet; returns the summary's lines.
 
