@@ -100,11 +100,13 @@ class Extension:
 
     Attributes:
         path: its whole name; empty when its header has it.
+        link: the whole name that it is a link to; empty when its header has it.
         size: of its data; None when its header has it.
         sparse: its data is not stored as it is.
     """
 
     path: str = ""
+    link: str = ""
     size: int | None = None
     sparse: bool = False
 
@@ -112,6 +114,8 @@ class Extension:
         """Take in one extending member; False when its data is damaged."""
         if kind == GNU_NAME:
             self.path = as_text(data)
+        elif kind == GNU_LINK:
+            self.link = as_text(data)
         elif kind in PAX or kind == PAX_GLOBAL:
             return self._read_pax(data)
         return True
@@ -130,6 +134,8 @@ class Extension:
                 return False
             if keyword == b"path":
                 self.path = as_text(value)
+            elif keyword == b"linkpath":
+                self.link = as_text(value)
             elif keyword == b"size":
                 if not value.isdigit() or len(value) > 19:
                     return False

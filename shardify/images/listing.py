@@ -90,8 +90,18 @@ class Listing:
             bounds = [self._begin(first), *self._ends[first : first + _CHUNK].tolist()]
             yield [self._blob[begin:end] for begin, end in pairwise(bounds)]
 
-    def find(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
-        """int64 [n]: the numbers of the names that are exactly these, -1 for what is not held; of equal names the last."""
+    def find(
+        self, names: Sequence[str], *, before: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.int64]:
+        """The numbers of the names that are exactly these; of equal names the last.
+
+        Args:
+            names: '/'-joined.
+            before: int64 [n]: of each, only numbers below this count; None for all.
+
+        Returns:
+            int64 [n], -1 for what is not held.
+        """
         found = np.full(len(names), -1, np.int64)
         if not len(self) or not names:
             return found
@@ -102,6 +112,10 @@ class Listing:
         places = np.searchsorted(table, hashes, side="right") - 1
         (hits,) = np.nonzero(table[np.maximum(places, 0)] == hashes)
         candidates = numbers[places[hits]].astype(np.int64)
+        if before is not None:
+            for hit in hits.tolist():
+                found[hit] = self._colliding(wanted[hit], places[hit], int(before[hit]))
+            return found
         ends = self._ends[candidates].tolist()
         begins = np.where(candidates > 0, self._ends[candidates - 1], 0).tolist()
         blob = self._blob
@@ -110,7 +124,7 @@ class Listing:
         ):
             name = wanted[hit]
             if blob[begin:end] != name:
-                found[hit] = self._colliding(name, place)
+                found[hit] = self._colliding(name, place, len(self))
             else:
                 found[hit] = number
         return found
@@ -172,11 +186,14 @@ class Listing:
     def _encoded(self, number: int) -> bytes:
         return self._blob[self._begin(number) : int(self._ends[number])]
 
-    def _colliding(self, name: bytes, place: int) -> int:
-        """The number of `name` among the names that share the hash at `place`, the last of them; -1 when it is none of them."""
+    def _colliding(self, name: bytes, place: int, before: int) -> int:
+        """The number of `name` among the names that share the hash at `place`, the last of them, that is below `before`; -1 when there is none."""
         table, numbers = self._table(Kind.WHOLE)
         shared = table[place]
-        while place >= 0 and table[place] == shared:
+        low = int(np.searchsorted(table, shared, side="left"))
+        # names of one hash stand in their order
+        place = low + int(np.searchsorted(numbers[low : place + 1], before)) - 1
+        while place >= low:
             if self._encoded(int(numbers[place])) == name:
                 return int(numbers[place])
             place -= 1

@@ -6,8 +6,9 @@ ustar, GNU and PAX archives are read: long names, sizes of any length, hard and 
 import os
 import posixpath
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,6 @@ from shardify.errors import ImageError, PackError, SourceError
 from shardify.format.headers import (
     BLOCK,
     EXTENSIONS,
-    GNU_LINK,
     MAX_EXTENSION_BYTES,
     REGULAR,
     SPARSE,
@@ -101,17 +101,34 @@ class _Damaged(Exception):  # noqa: N818 - never leaves this module
 
 @dataclass(frozen=True, slots=True)
 class _Links:
-    """Members that stand for others: names and targets."""
+    """Members that stand for others.
+
+    Attributes:
+        names: of the links.
+        targets: the names they are links to.
+        symbolic: whether each goes by that name whatever comes later, or is what had that name before it.
+        places: how many regular members stand before each.
+    """
 
     names: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
+    symbolic: list[bool] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+
+
+class _Link(NamedTuple):
+    """A link behind `place` regular members, to one of them, or else to a name."""
+
+    place: int
+    number: int = -1
+    target: str = ""
 
 
 def _members(file: OpenFile, total: int, places: "array[int]", links: _Links) -> Iterator[list[bytes]]:
     """The names of regular members, some at a time; offset, size and method of each are appended to `places`."""
     names: list[bytes] = []
     at, window_at, window = 0, 0, b""
-    extension, long_link = Extension(), ""
+    extension = Extension()
     while True:
         if not window_at <= at <= window_at + len(window) - BLOCK:
             window_at, window = at, file.read(_WINDOW, at)
@@ -130,8 +147,6 @@ def _members(file: OpenFile, total: int, places: "array[int]", links: _Links) ->
             data = file.read(min(size, MAX_EXTENSION_BYTES), begin)
             if len(data) < size or not extension.read(kind, data):
                 raise _Damaged(f"a long name or extended header at byte {at} is damaged or cut off")
-            if kind == GNU_LINK:
-                long_link = as_text(data)
             at = begin + size + -size % BLOCK
             continue
         sparse = kind == SPARSE or extension.sparse
@@ -148,10 +163,13 @@ def _members(file: OpenFile, total: int, places: "array[int]", links: _Links) ->
             names.append(name.encode("utf-8", "surrogatepass"))
             places.extend((begin, size, SPARSE_FILE if sparse else STORED))
         elif name and kind in (_HARD_LINK, _SYMBOLIC_LINK):
-            target = long_link or as_text(header[_LINK])
+            target = extension.link or as_text(header[_LINK])
+            symbolic = kind == _SYMBOLIC_LINK
             links.names.append(name)
-            links.targets.append(_target(name, target, symbolic=kind == _SYMBOLIC_LINK))
-        extension, long_link = Extension(), ""
+            links.targets.append(_target(name, target, symbolic=symbolic))
+            links.symbolic.append(symbolic)
+            links.places.append(len(places) // 3)
+        extension = Extension()
         at = begin + size + -size % BLOCK
         if len(names) >= _CHUNK:
             yield names
@@ -192,14 +210,47 @@ def _target(name: str, target: str, *, symbolic: bool) -> str:
 def _with_links(
     names: Listing, rows: npt.NDArray[np.void], links: _Links
 ) -> tuple[Listing, npt.NDArray[np.void]]:
-    """The members, and behind them the links that lead to one of them."""
-    todo = list(zip(links.names, links.targets, strict=True))
+    """The members, and behind them the links that lead to one of them, where no later member has their name."""
+    last = _as_extracted(names, links)
+    ends = [_end_of(link, last) for link in last.values()]
+    numbers = np.array([end.number for end in ends], np.int64)
+    by_name = np.flatnonzero(numbers < 0)
+    numbers[by_name] = names.find([ends[place].target for place in by_name.tolist()])
+    solved = [name for name, number in zip(last, numbers.tolist(), strict=True) if number >= 0]
+    return (
+        Listing.of([*names.chunks(), encode(solved)]),
+        np.concatenate((rows, rows[numbers[numbers >= 0]])),
+    )
+
+
+def _as_extracted(names: Listing, links: _Links) -> dict[str, _Link]:
+    """By name, the links that would be there had the archive been extracted."""
+    places = np.array(links.places, np.int64)
+    earlier = names.find(links.targets, before=places).tolist()
+    latest: dict[str, _Link] = {}
+    for name, target, symbolic, place, number in zip(
+        links.names, links.targets, links.symbolic, links.places, earlier, strict=True
+    ):
+        other = latest.get(target)
+        if symbolic or (number < 0 and other is None):  # what it is a link to comes later
+            link = _Link(place, target=target)
+        elif other is not None and other.place > number:
+            link = other._replace(place=place)
+        else:
+            link = _Link(place, number=number)
+        latest[name] = link
+    later = names.find(list(latest))
+    return {
+        name: link
+        for (name, link), number in zip(latest.items(), later.tolist(), strict=True)
+        if number < link.place
+    }
+
+
+def _end_of(link: _Link, last: Mapping[str, _Link]) -> _Link:
+    """Where a chain of links ends."""
     for _ in range(_LINKS_FOLLOWED):
-        numbers = names.find([target for _, target in todo])
-        solved = [name for (name, _), number in zip(todo, numbers.tolist(), strict=True) if number >= 0]
-        if not solved:
+        if link.number >= 0 or link.target not in last:
             break
-        rows = np.concatenate((rows, rows[numbers[numbers >= 0]]))
-        names = Listing.of([*names.chunks(), encode(solved)])
-        todo = [link for link, number in zip(todo, numbers.tolist(), strict=True) if number < 0]
-    return names, rows
+        link = last[link.target]
+    return link

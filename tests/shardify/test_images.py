@@ -390,6 +390,37 @@ def test_a_tar_written_by_tar(tmp_path):
     assert Resolver([store], [()]).locate(["sparse.jpg"], 0).codes == ["image-unreadable"]
 
 
+@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_links_in_a_tar_are_what_tar_would_extract(tmp_path, format_):
+    hard, soft = tarfile.LNKTYPE, tarfile.SYMTYPE
+    deep = "a" * 60 + "/" + "b" * 60 + "/a.jpg"  # longer than a header's field
+    members = [
+        ("ü/a.jpg", b"umlaut"), ("umlaut.jpg", hard, "ü/a.jpg"),
+        ("first.jpg", b"first"), ("kept.jpg", hard, "first.jpg"), ("by-name.jpg", soft, "first.jpg"),
+        ("chain.jpg", hard, "by-name.jpg"), ("first.jpg", b"second"),
+        ("was-link.jpg", soft, "first.jpg"), ("was-link.jpg", b"member"),
+        ("was-member.jpg", b"member"), ("was-member.jpg", hard, "kept.jpg"),
+        ("circle.jpg", soft, "circle-too.jpg"), ("circle-too.jpg", soft, "circle.jpg"),
+    ]  # fmt: skip
+    if format_ != tarfile.USTAR_FORMAT:
+        members += [(deep, b"deep"), ("deep.jpg", hard, deep)]
+    with tarfile.open(tmp_path / "x.tar", "w", format=format_) as archive:
+        for name, content, *target in members:
+            entry = tarfile.TarInfo(name)
+            if target:
+                entry.type, entry.linkname = content, target[0]
+            else:
+                entry.size = len(content)
+            archive.addfile(entry, None if target else io.BytesIO(content))
+    subprocess.run(["tar", "-xf", tmp_path / "x.tar"], check=True, cwd=tmp_path, env={"LC_ALL": "C.UTF-8"})
+    names = sorted({name for name, *_ in members if "circle" not in name})
+    store = open_store(tmp_path / "x.tar")
+    assert {
+        name: store.reader.read("", place) for name, place in zip(names, locate(store, names), strict=True)
+    } == {name: (tmp_path / name).read_bytes() for name in names}
+    assert locate(store, ["circle.jpg"]) == [None]
+
+
 def test_hostile_names_in_archives_are_only_names(tmp_path):
     (tmp_path / "secret").write_bytes(b"secret")
     names = ["../secret", "/etc/passwd", "a/../../secret", "n" * 5000, "./././a.jpg", "b\\c.jpg"]
