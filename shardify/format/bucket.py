@@ -10,21 +10,21 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote
 
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, NotSupportedError
 from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
 from shardify.errors import PackError, UsageError
+from shardify.format.files import user_cache
+from shardify.format.urls import MAIN_REVISION, WRITABLE, shown, split_url
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig, S3Credential
 
-WRITABLE = ("s3", "gs", "az")
-READABLE = (*WRITABLE, "https", "http")
+_DEFAULT_HUB = "https://huggingface.co"
 
 _RETRIES = 8
 _DEADLINE = timedelta(minutes=3)  # of one request with all its repetitions
@@ -57,54 +57,6 @@ _NO_CREDENTIALS = {
 
 _started = False  # this process has made a client
 _lost = False  # this process was forked from one that had
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A URL's parts: `scheme` of `READABLE`, `bucket` (of https:// the host), and `key` without slashes at its ends."""
-
-    scheme: str
-    bucket: str
-    key: str
-
-
-def split_url(url: str) -> Place:
-    """The parts of a URL.
-
-    Raises:
-        UsageError: it is none of an object store, names no bucket, or its path cannot be a key.
-    """
-    scheme, separator, rest = url.partition("://")
-    scheme = {"s3a": "s3", "azure": "az"}.get(scheme.lower(), scheme.lower())
-    if not separator or scheme not in READABLE:
-        raise UsageError(f"{shown(url)}: not a place that is known; s3://, gs://, az:// and https:// are")
-    if scheme in WRITABLE:
-        bucket, _, key = rest.partition("/")
-    else:
-        parts = urlsplit(url)
-        bucket, key = parts.netloc, unquote(parts.path)
-        if parts.query or "@" in bucket:
-            raise UsageError(
-                f"{shown(url)}: a password, signature or query in a URL would stand in files and messages; give one without"
-            )
-    if not bucket:
-        raise UsageError(f"{shown(url)}: no bucket is named; {scheme}://BUCKET/PREFIX is needed")
-    key = key.strip("/")
-    if key and any(part in ("", ".", "..") for part in key.split("/")):
-        raise UsageError(f"{shown(url)}: a path with an empty part, '.' or '..' is none of an object")
-    return Place(scheme, bucket, key)
-
-
-def join_url(url: str, name: str) -> str:
-    """The URL of what is called `name` below `url`."""
-    return f"{url.rstrip('/')}/{name}"
-
-
-def shown(url: str) -> str:
-    """A URL for messages, without what may be secret."""
-    scheme, separator, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
 
 
 def require_writable(url: str) -> None:
@@ -155,6 +107,11 @@ def _meaning(error: Exception, scheme: str) -> str:
         return f"{_NO_CREDENTIALS[scheme]}; docs/remote.md lists what else there is"
     if is_missing_bucket(error):
         return "there is no such bucket; create it, or check its name and the endpoint"
+    if status in ("401", "403") and scheme == "hf":
+        return (
+            f"access is denied ({told}): no such data set, or a private or gated one; set HF_TOKEN or run `hf auth login`, and accept the "
+            "conditions on the data set's page if it has any"
+        )
     if status in ("401", "403"):
         return (
             f"access is denied ({told}); check the credentials, and that they may read, list and write there"
@@ -165,6 +122,8 @@ def _meaning(error: Exception, scheme: str) -> str:
         return "has changed while it was read; run the same command again"
     if status == "416":
         return "is shorter than it was; run the same command again"
+    if isinstance(error, NotSupportedError) and "Range" in text:
+        return "the server gives no byte ranges, only whole files"
     if "invalid path" in text:
         name = next(iter(_NAMED.findall(text)), "?")
         return f"holds an object whose name is no path ({name!r}: an empty part, '.', '..' or a control character); rename it"
@@ -212,7 +171,46 @@ def _client(scheme: str, bucket: str) -> "ObjectStore":
         return GCSStore(bucket, client_options=client, retry_config=retry)
     if scheme == "az":
         return AzureStore(bucket, client_options=client, retry_config=retry)
+    if scheme == "hf":
+        address, headers = _hub(bucket)
+        client["allow_http"] = address.startswith("http://")
+        # the client passes it on to no other host, and a redirect leads to one
+        client["default_headers"] = headers
+        return HTTPStore(address, client_options=client, retry_config=retry)
     return HTTPStore(f"{scheme}://{bucket}", client_options=client, retry_config=retry)
+
+
+def _hub(bucket: str) -> tuple[str, dict[str, str]]:
+    """Where the Hugging Face hub has a data set's files, and the headers to send there."""
+    name, _, revision = bucket.partition("@")
+    endpoint = (os.environ.get("HF_ENDPOINT") or _DEFAULT_HUB).rstrip("/")
+    address = f"{endpoint}/{name}/resolve/{quote(revision or MAIN_REVISION, safe='')}"
+    token = _hub_token()
+    if not token:
+        return address, {}
+    if not (token.isascii() and token.isprintable()):
+        raise PackError(
+            "the Hugging Face token (HF_TOKEN, or the file of `hf auth login`) has characters that no token has"
+        )
+    return address, {"Authorization": f"Bearer {token}"}
+
+
+def _hub_token() -> str:
+    """As huggingface_hub finds it: from the environment, else from the file that `hf auth login` writes."""
+    if _is_set("HF_HUB_DISABLE_IMPLICIT_TOKEN"):
+        return ""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if token := os.environ.get(name, "").strip():
+            return token
+    home = os.environ.get("HF_HOME") or os.path.join(user_cache(), "huggingface")
+    path = os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"))
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeError):
+        raise PackError(f"{path}: the Hugging Face token cannot be read; set HF_TOKEN") from None
 
 
 def _retries(scheme: str) -> int:

@@ -1,4 +1,4 @@
-"""Small files written as a whole."""
+"""Files written as a whole, and where a user's computer keeps what can be had again."""
 
 import contextlib
 import os
@@ -6,6 +6,11 @@ import uuid
 from collections.abc import Iterator
 
 from shardify.errors import FormatError
+
+
+def user_cache() -> str:
+    """The user's cache folder: ``$XDG_CACHE_HOME``, else ``~/.cache`` (XDG Base Directory Specification)."""
+    return os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
 
 
 def write_whole(path: str, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Object stores: whole objects, exact ranges, listings and streamed uploads under s3://, gs://, az:// and https:// URLs.
+"""Object stores: whole objects, exact ranges, listings and streamed uploads under s3://, gs://, az://, https:// and hf:// URLs.
 
 Every function may be called from any process: where the process may fork later, a short-lived child makes the call (`child.in_child`, which
 also makes many calls at once cheap: run a function that makes them all).
@@ -19,18 +19,9 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
 
 from shardify.errors import PackError
-from shardify.format.bucket import (
-    WRITABLE,
-    Place,
-    error_code,
-    explained,
-    is_missing_bucket,
-    open_bucket,
-    require_writable,
-    shown,
-    split_url,
-)
+from shardify.format.bucket import error_code, explained, is_missing_bucket, open_bucket, require_writable
 from shardify.format.child import in_child, may_fork
+from shardify.format.urls import WRITABLE, Place, shown, split_url
 
 PART = 16 * 1024 * 1024
 """Bytes of one part of an upload, and of one range of a download."""
@@ -39,6 +30,22 @@ _IN_FLIGHT = 3  # parts of one upload
 _DOWNLOADS = 4  # ranges of one download
 _LISTINGS = 8  # folders listed at once
 _LISTED = 1000  # names in an answer, which is what the stores give at most
+
+
+class NoObjectError(PackError):
+    """There is no such object."""
+
+
+class Entry(NamedTuple):
+    """What a store tells of an object without its content.
+
+    Attributes:
+        size: bytes.
+        version: another one when the content has changed: its entity tag, else when it was last changed; empty when the store tells neither.
+    """
+
+    size: int
+    version: str
 
 
 def get(url: str, *, most: int | None = None) -> bytes | None:
@@ -79,6 +86,24 @@ def sizes(url: str) -> dict[str, int]:
         PackError: the store cannot be reached or refuses.
     """
     return in_child(_sizes, url)
+
+
+def entry(url: str) -> Entry | None:
+    """What is known of an object; None when there is none.
+
+    Raises:
+        PackError: the store cannot be reached or refuses.
+    """
+    return in_child(_entry, url)
+
+
+def entries(url: str) -> dict[str, Entry]:
+    """Name -> what is known of it, of the objects directly below `url`; folders have size 0 and no version.
+
+    Raises:
+        PackError: the store cannot be reached or refuses, or cannot list (https://, hf://).
+    """
+    return in_child(_entries, url)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,7 +167,8 @@ def download(url: str, path: str | os.PathLike[str]) -> None:
     """Copy an object into a local file, which appears whole or not at all.
 
     Raises:
-        PackError: there is no such object, it changes meanwhile, the store cannot be reached or refuses, or the file cannot be written.
+        NoObjectError: there is no such object.
+        PackError: it changes meanwhile, the store cannot be reached or refuses, or the file cannot be written.
     """
     in_child(_download, url, os.fspath(path))
 
@@ -251,25 +277,39 @@ def _get_range(url: str, start: int, size: int) -> bytes:
 
 
 def _size(url: str) -> int | None:
+    found = _entry(url)
+    return None if found is None else found.size
+
+
+def _sizes(url: str) -> dict[str, int]:
+    return {name: found.size for name, found in _entries(url).items()}
+
+
+def _entry(url: str) -> Entry | None:
     with explained(url):
         store, key = open_bucket(url)
         try:
-            return int(obstore.head(store, key)["size"])
+            return _entry_of(obstore.head(store, key))
         except FileNotFoundError as error:
             if is_missing_bucket(error):
                 raise
             return None
 
 
-def _sizes(url: str) -> dict[str, int]:
+def _entries(url: str) -> dict[str, Entry]:
     with explained(url):
         store, prefix = open_bucket(url)
         found = obstore.list_with_delimiter(store, prefix or None)
     skipped = len(prefix) + 1 if prefix else 0
-    there = {meta["path"][skipped:]: int(meta["size"]) for meta in found["objects"]}
-    there.update((folder[skipped:].rstrip("/"), 0) for folder in found["common_prefixes"])
+    there = {meta["path"][skipped:]: _entry_of(meta) for meta in found["objects"]}
+    there.update((folder[skipped:].rstrip("/"), Entry(0, "")) for folder in found["common_prefixes"])
     there.pop("", None)  # the prefix itself, marked as a folder
     return there
+
+
+def _entry_of(meta: Any) -> Entry:
+    changed = meta["last_modified"].timestamp()  # 0 when the server does not tell
+    return Entry(int(meta["size"]), meta["e_tag"] or (str(changed) if changed else ""))
 
 
 class _Chunk(NamedTuple):
@@ -370,42 +410,55 @@ def _download(url: str, path: str) -> None:
 
 
 def _fetch(url: str, file: int) -> None:
-    """The object into a file, by one request (https:// servers may know no ranges) or many."""
+    """The object into a file, by ranges, or by one request when it is small or the server knows none."""
     store, key = open_bucket(url)
+    stored = split_url(url).scheme in WRITABLE
     try:
-        if split_url(url).scheme not in WRITABLE:
-            answer = obstore.get(store, key)
-            expected, at = int(answer.meta["size"]), 0
-            for chunk in answer.stream(min_chunk_size=PART // 16):
-                at += _write(file, memoryview(chunk), at, url)
-            if at != expected:
-                raise PackError(
-                    f"{shown(url)}: {at} of {expected} bytes came; the same command again continues"
-                )
+        if stored:
+            _fetch_ranges(url, obstore.head(store, key), file)
             return
-        meta = obstore.head(store, key)
-        total, version = int(meta["size"]), meta["e_tag"]
-
-        def copy(start: int) -> None:
-            options: Any = {"range": (start, min(start + PART, total))}
-            if version:
-                options["if_match"] = version
-            data = memoryview(obstore.get(store, key, options=options).bytes())
-            if _write(file, data, start, url) != min(PART, total - start):
-                raise PackError(f"{shown(url)}: has changed while it was read; run the same command again")
-
-        with ThreadPoolExecutor(_DOWNLOADS) as pool:
-            for _ in pool.map(copy, range(0, total, PART)):
-                pass
+        answer = obstore.get(store, key)
+        if answer.meta["size"] > PART:
+            with suppress(NotSupportedError):
+                _fetch_ranges(url, answer.meta, file)
+                return
+            answer = obstore.get(store, key)  # the first one has waited too long
+        expected, at = int(answer.meta["size"]), 0
+        for chunk in answer.stream(min_chunk_size=PART // 16):
+            at += _write(file, memoryview(chunk), at, url)
+        if at != expected:
+            raise PackError(f"{shown(url)}: {at} of {expected} bytes came; the same command again continues")
     except FileNotFoundError as error:
         told: Exception = error
-        try:
-            obstore.get(store, key)  # the answer to a HEAD has no body, which would tell of a missing bucket
-        except FileNotFoundError as again:
-            told = again
+        if stored:
+            try:
+                obstore.get(
+                    store, key
+                )  # the answer to a HEAD has no body, which would tell of a missing bucket
+            except FileNotFoundError as again:
+                told = again
         if is_missing_bucket(told):
             raise told from None
-        raise PackError(f"{shown(url)}: no such object") from None
+        raise NoObjectError(f"{shown(url)}: no such object") from None
+
+
+def _fetch_ranges(url: str, meta: Any, file: int) -> None:
+    store, key = open_bucket(url)
+    total, version = int(meta["size"]), meta["e_tag"]
+    # web servers give weak tags, which match nothing
+    condition = {"if_match": version} if version and split_url(url).scheme in WRITABLE else {}
+
+    def copy(start: int) -> None:
+        size = min(PART, total - start)
+        options: Any = {"range": (start, start + size), **condition}
+        answer = obstore.get(store, key, options=options)
+        same = answer.meta["size"] == total and answer.meta["e_tag"] == version
+        if not same or _write(file, memoryview(answer.bytes()), start, url) != size:
+            raise PackError(f"{shown(url)}: has changed while it was read; run the same command again")
+
+    with ThreadPoolExecutor(_DOWNLOADS) as pool:
+        for _ in pool.map(copy, range(0, total, PART)):
+            pass
 
 
 def _write(file: int, data: memoryview, at: int, url: str) -> int:

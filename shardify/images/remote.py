@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from shardify.errors import PackError, SourceError
 from shardify.format import objects
-from shardify.format.bucket import WRITABLE, join_url, shown, split_url
 from shardify.format.child import in_child
+from shardify.format.urls import WRITABLE, join_url, shown, split_url
 from shardify.images.archives import ArchiveStore
 from shardify.images.listing import Listing
 from shardify.images.stores import (
@@ -123,7 +123,7 @@ class ObjectFile(OpenFile):
         super().__init__(path)
         self.size = size
 
-    def __reduce__(self) -> tuple[type, tuple[str, int]]:  # type: ignore[override]  # it takes two
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
         return type(self), (self.path, self.size)
 
     def read(self, size: int, offset: int) -> bytes:

@@ -22,8 +22,9 @@ import xxhash
 
 from shardify.errors import PackError
 from shardify.format import names, objects
-from shardify.format.bucket import join_url, require_writable
+from shardify.format.bucket import require_writable
 from shardify.format.child import in_child
+from shardify.format.urls import join_url
 
 _TOGETHER = 32
 """Small objects that are got at the same time."""

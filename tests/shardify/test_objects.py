@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from shardify.errors import PackError, UsageError
-from shardify.format import bucket, child, objects
-from shardify.format.bucket import split_url
+from shardify.format import child, objects, urls
+from shardify.format.urls import split_url
 
 _spec = importlib.util.spec_from_file_location("s3", Path(__file__).parent / "s3.py")
 s3 = importlib.util.module_from_spec(_spec)
@@ -405,6 +405,8 @@ def test_a_profile_gives_credentials_region_and_endpoint(place, server, monkeypa
         ("s3://b/a//x", "empty part"),
         ("https://user:never-to-be-shown@host/x", "password"),
         ("https://host/x?signature=never-to-be-shown", "signature"),
+        ("hf://org/name/x", "hf://datasets/ORG/NAME"),
+        ("hf://datasets/org", "hf://datasets/ORG/NAME"),
     ],
 )
 def test_urls_that_are_none(url, message):
@@ -414,10 +416,23 @@ def test_urls_that_are_none(url, message):
 
 
 def test_parts_of_urls():
-    assert split_url("s3://b") == bucket.Place("s3", "b", "")
-    assert split_url("s3a://b/p/q/") == bucket.Place("s3", "b", "p/q")
-    assert split_url("gs://b/a b#c?d%20") == bucket.Place("gs", "b", "a b#c?d%20")
-    assert split_url("https://h:1/a%20b") == bucket.Place("https", "h:1", "a b")
+    assert split_url("s3://b") == urls.Place("s3", "b", "")
+    assert split_url("s3a://b/p/q/") == urls.Place("s3", "b", "p/q")
+    assert split_url("gs://b/a b#c?d%20") == urls.Place("gs", "b", "a b#c?d%20")
+    assert split_url("https://H:1/a%20b") == urls.Place("https", "h:1", "a b")
+    assert split_url("hf://datasets/o/n/a%20b/c") == urls.Place("hf", "datasets/o/n", "a%20b/c")
+    assert split_url("hf://datasets/o/n@main") == split_url("hf://datasets/o/n/")
+    assert split_url("hf://datasets/o/n@refs%2Fpr%2F1/a").bucket == "datasets/o/n@refs/pr/1"
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://b/p q", "gs://b", "az://c/a/b", "https://h:1/a", "http://h", "hf://datasets/o/n@v1"]
+)
+@pytest.mark.parametrize("name", ["000.tar", "a b%20.tar", "ü#?.tar"])
+def test_names_are_joined_and_split_again(url, name):
+    joined = urls.join_url(url + "/", name)
+    assert urls.split_name(joined) == (url, name)
+    assert split_url(joined).key == f"{split_url(url).key}/{name}".lstrip("/")
 
 
 def test_what_can_only_be_read_is_not_written():
