@@ -65,8 +65,12 @@ def require_writable(url: str) -> None:
         raise UsageError(f"{shown(url)}: can be read, not written; s3://, gs:// and az:// can")
 
 
-def open_bucket(url: str) -> "tuple[ObjectStore, str]":
+def open_bucket(url: str, *, once: timedelta | None = None) -> "tuple[ObjectStore, str]":
     """The client for a URL's bucket, one for each process, and the key. Only for processes that fork no more (`child.in_child`).
+
+    Args:
+        url: of an object or a prefix.
+        once: try a request once, and let it take as long as this; None repeats it when it fails.
 
     Raises:
         UsageError: no such URL.
@@ -77,7 +81,7 @@ def open_bucket(url: str) -> "tuple[ObjectStore, str]":
         raise RuntimeError("forked from a process that had called an object store: calls would never return")
     place = split_url(url)
     _started = True
-    return _client(place.scheme, place.bucket), place.key
+    return _client(place.scheme, place.bucket, once), place.key
 
 
 @contextmanager
@@ -136,9 +140,9 @@ def _meaning(error: Exception, scheme: str) -> str:
 
 
 @functools.cache
-def _client(scheme: str, bucket: str) -> "ObjectStore":
+def _client(scheme: str, bucket: str, once: timedelta | None) -> "ObjectStore":
     retry: RetryConfig = {
-        "max_retries": _retries(scheme),
+        "max_retries": 0 if once else _retries(scheme),
         "retry_timeout": _DEADLINE,
         "backoff": {
             "init_backoff": timedelta(milliseconds=100),
@@ -146,7 +150,7 @@ def _client(scheme: str, bucket: str) -> "ObjectStore":
             "base": 2,
         },
     }
-    client: ClientConfig = {"timeout": _TIMEOUT, "connect_timeout": _CONNECT_TIMEOUT}
+    client: ClientConfig = {"timeout": once or _TIMEOUT, "connect_timeout": _CONNECT_TIMEOUT}
     endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS.get(scheme, ()))), "")
     settings: Any = {}
     provide = None
