@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaders import fetch
-from loaders.fetch import LocalFetcher
+from loaders.fetch import LocalFetcher, local
 from shardify.errors import LoaderError, SampleError
 
 
@@ -45,7 +44,7 @@ def test_neighbours_are_one_read(shards, monkeypatch):
     paths, contents = shards
     reads = []
     pread = os.pread
-    monkeypatch.setattr(fetch.os, "pread", lambda f, n, at: reads.append((n, at)) or pread(f, n, at))
+    monkeypatch.setattr(local.os, "pread", lambda f, n, at: reads.append((n, at)) or pread(f, n, at))
     spans = [(1, 1000, 500), (0, 0, 100), (1, 500, 500), (1, 1500, 1), (1, 2000, 5)]
     got = dict(read(LocalFetcher(paths), spans))
     assert reads == [(100, 0), (1001, 500), (5, 2000)]
@@ -55,10 +54,24 @@ def test_neighbours_are_one_read(shards, monkeypatch):
     )
 
 
+def test_a_frame_of_many_samples_is_read_once(shards, monkeypatch):
+    paths, contents = shards
+    reads = []
+    pread = os.pread
+    monkeypatch.setattr(local.os, "pread", lambda f, n, at: reads.append((n, at)) or pread(f, n, at))
+    spans = [(1, 1000, 500), (1, 1500, 20), (1, 1000, 500), (2, 1500, 20), (1, 1500, 20), (1, 1520, 1)]
+    got = dict(read(LocalFetcher(paths), spans))
+    assert reads == [(521, 1000), (20, 1500)]
+    assert all(
+        bytes(got[i]) == contents[shard][offset : offset + size]
+        for i, (shard, offset, size) in enumerate(spans)
+    )
+
+
 def test_short_reads_are_continued(shards, monkeypatch):
     paths, contents = shards
     pread = os.pread
-    monkeypatch.setattr(fetch.os, "pread", lambda f, n, at: pread(f, min(n, 7), at))
+    monkeypatch.setattr(local.os, "pread", lambda f, n, at: pread(f, min(n, 7), at))
     ((_, data),) = read(LocalFetcher(paths), [(2, 100, 1000)])
     assert bytes(data) == contents[2][100:1100]
 
@@ -72,7 +85,7 @@ def test_a_fault_is_one_samples(shards, monkeypatch):
             raise OSError(5, "Input/output error")
         return pread(file, size, at)
 
-    monkeypatch.setattr(fetch.os, "pread", failing)
+    monkeypatch.setattr(local.os, "pread", failing)
     spans = [(0, 3000, 10), (0, 9990, 20), (0, 2990, 10), (0, 20_000, 5), (0, 3010, 10)]
     got = dict(read(LocalFetcher(paths), spans))
     assert (bytes(got[2]), bytes(got[4])) == (contents[0][2990:3000], contents[0][3010:3020])
@@ -84,7 +97,7 @@ def test_a_fault_is_one_samples(shards, monkeypatch):
 
 
 def test_few_files_are_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "_OPEN_FILES", 64)
+    monkeypatch.setattr(local, "_OPEN_FILES", 64)
     paths = [str(tmp_path / f"{number}.tar") for number in range(200)]
     for number, path in enumerate(paths):
         with open(path, "wb") as file:

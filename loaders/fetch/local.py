@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from shardify.errors import LoaderError, SampleError
 
+IntArray = npt.NDArray[np.int64]
+
 _OPEN_FILES = 256
 _MAX_READ = 256 * 1024 * 1024  # bytes in one read of neighbouring samples
 
@@ -27,14 +29,24 @@ class LocalFetcher:
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def read(
-        self, shards: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+        self,
+        shards: IntArray,
+        offsets: IntArray,
+        sizes: IntArray,
+        begins: IntArray | None = None,  # noqa: ARG002
+        ends: IntArray | None = None,  # noqa: ARG002
+        *,
+        batch: int = -1,  # noqa: ARG002
     ) -> Iterator[tuple[int, memoryview | SampleError]]:
         """The bytes of each span, or why they cannot be had.
 
         Args:
             shards: int64 [n], numbers of shards.
             offsets: int64 [n], where the spans begin.
-            sizes: int64 [n], their bytes.
+            sizes: int64 [n], their bytes. Equal spans, of samples that share a zstd frame, are read once.
+            begins: of the extents, as `CachedFetcher.read` needs them; of no use here,
+            ends: nor these,
+            batch: nor this.
 
         Yields:
             (i, bytes of span i), each i once, in the order of the shards' bytes.
@@ -88,21 +100,20 @@ class LocalFetcher:
         os.close(self._open.popitem(last=False)[1])
 
 
-def _runs(
-    shards: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
-) -> Iterator[tuple[int, int, int, list[int]]]:
+def _runs(shards: IntArray, offsets: IntArray, sizes: IntArray) -> Iterator[tuple[int, int, int, list[int]]]:
     """(shard, begin, end, spans) of stretches without a gap."""
-    shard = begin = end = -1
+    shard = begin = end = last = -1
     spans: list[int] = []
     for number in np.lexsort((offsets, shards)).tolist():
         at, size = int(offsets[number]), int(sizes[number])
-        if shards[number] == shard and at == end and at + size - begin <= _MAX_READ:
-            end += size
+        again = at == last and at + size == end
+        if shards[number] == shard and (again or (at == end and at + size - begin <= _MAX_READ)):
+            end, last = at + size, at
             spans.append(number)
             continue
         if spans:
             yield shard, begin, end, spans
-        shard, begin, end, spans = int(shards[number]), at, at + size, [number]
+        shard, begin, end, last, spans = int(shards[number]), at, at + size, at, [number]
     if spans:
         yield shard, begin, end, spans
 
