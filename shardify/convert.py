@@ -35,6 +35,8 @@ from shardify.sources.open import needs_spool, open_source
 from shardify.sources.spec import SourceSpec
 from shardify.survey import Survey, count_codes, survey_records
 
+_MAX_OPEN = 64  # record files at a time, of the thousands that there may be
+
 CHECKS = ("header", "decode", "none")
 
 
@@ -516,6 +518,8 @@ def _raw(context: PackContext, task: ShardTask) -> bytes:
     try:
         for file, offset, length in task.records[["file", "offset", "length"]].tolist():
             if file not in descriptors:
+                if len(descriptors) == _MAX_OPEN:
+                    os.close(descriptors.pop(next(iter(descriptors))))
                 source = context.sources[file]
                 descriptors[file] = open_unchanged(source.path, source.stamp)
             parts.append(os.pread(descriptors[file], min(length, MAX_RECORD_BYTES + 1), offset))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from shardify.errors import ImageError, PackError
 from shardify.images.resolve import Rule
 from shardify.images.spool import SPOOLED, SpoolReader
-from shardify.images.stores import LISTED, MAX_IMAGE_BYTES, PLAIN_FILE, ImageStore, Location
+from shardify.images.stores import LISTED, MAX_IMAGE_BYTES, PLAIN_FILE, UNSEEN, ImageStore, Location
 from shardify.pack import PackContext, finished_shards, name_in_store
 from shardify.plan import Plan
 from shardify.prepare import prepare
@@ -124,9 +124,10 @@ def _rows_in_order(survey: Survey, plan: Plan, shards: Sequence[int]) -> npt.NDA
 
 
 def _is_scattered(images: npt.NDArray[np.void], stores: Sequence[ImageStore]) -> npt.NDArray[np.bool_]:
-    """Not what lies in object stores, which know no order and are for workers to call, nor what is too large to be read."""
+    """Not what lies in object stores, which know no order and are for workers to call, nor what is too large to be read, or cannot even be looked at."""
     remote = [number for number, store in enumerate(stores) if "://" in store.path]
-    chosen: npt.NDArray[np.bool_] = ~np.isin(images["store"], remote) & (images["size"] <= MAX_IMAGE_BYTES)
+    readable = (images["size"] <= MAX_IMAGE_BYTES) & (images["method"] != UNSEEN)
+    chosen: npt.NDArray[np.bool_] = ~np.isin(images["store"], remote) & readable
     return chosen
 
 

@@ -6,14 +6,15 @@ images by position without ever reading an archive's directory again.
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from shardify.errors import ImageError, PackError, SourceError
+from shardify.errors import ImageError, PackError, SourceError, UsageError
 from shardify.images.listing import Listing
 
 MAX_IMAGE_BYTES = 1024**3
@@ -50,6 +51,13 @@ LARGEST = 2**48
 READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+Stamp: TypeAlias = tuple[int, int]
+"""Of a file: bytes, and when it was last changed, in nanoseconds."""
+
+_MOST_KEPT = 128  # archives that stay open in a process, of the thousands that there may be
+_kept: Counter[int] = Counter()  # by process
 
 
 class Location(NamedTuple):
@@ -160,10 +168,12 @@ def open_store(path: str | os.PathLike[str], mount: str = "") -> ImageStore:
 
     Raises:
         SourceError: there is no such place, or the archive's directory cannot be read.
-        UsageError: a URL that is none.
+        UsageError: it is empty, or a URL that is none.
     """
     # each kind of store builds on this module, and not all are needed
     path = os.fspath(path)
+    if not path:
+        raise UsageError("--images is empty; it names a folder, an archive or a URL ('.' for this folder)")
     mount = clean_name(mount)
     if "://" in path:
         from shardify.images.remote import open_remote
@@ -175,6 +185,8 @@ def open_store(path: str | os.PathLike[str], mount: str = "") -> ImageStore:
             from shardify.images.folders import FolderStore
 
             return FolderStore(path, mount)
+        if not stat.S_ISREG(mode):
+            raise SourceError(f"{path}: neither a folder nor a file; images are folders, zips or plain tars")
         with open(path, "rb") as file:
             start = file.read(512)
     except OSError as error:
@@ -195,55 +207,87 @@ def open_store(path: str | os.PathLike[str], mount: str = "") -> ImageStore:
 
 
 class OpenFile:
-    """A file that any thread of any process reads by position; it is opened once in each process.
+    """A file that any thread of any process reads by position; it is opened once in each process, while few are open there.
 
     Args:
         path: absolute, or the working folder must not change.
+        stamp: what `file_stamp` said of it; a file that has changed since is not read. None reads whatever there is.
     """
 
-    __slots__ = ("_numbers", "path")
+    __slots__ = ("_numbers", "path", "stamp")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, stamp: Stamp | None = None) -> None:
         self.path = path
+        self.stamp = stamp
         self._numbers: dict[int, int] = {}  # by process: forked ones have the dict, but not its later changes
 
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return type(self), (self.path,)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self.path, self.stamp)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Close it in this process; reading opens it again."""
-        number = self._numbers.pop(os.getpid(), None)
+        process = os.getpid()
+        number = self._numbers.pop(process, None)
         if number is not None:
+            _kept[process] -= 1
             os.close(number)
+
+    def __del__(self) -> None:
+        self.__exit__()
 
     def read(self, size: int, offset: int) -> bytes:
         """`size` bytes from `offset`; fewer at the file's end.
 
         Raises:
-            PackError: the file cannot be read now.
+            PackError: the file cannot be read now, or has changed.
         """
+        process = os.getpid()
         try:
-            number = self._number()
-            data = os.pread(number, size, offset)
-            # network file systems may give less at once
-            while len(data) < size and (more := os.pread(number, size - len(data), offset + len(data))):
-                data += more
+            number = self._numbers.get(process)
+            if number is not None:
+                return _read(number, size, offset)
+            opened = self._open()
+            try:
+                data = _read(opened, size, offset)
+                # of more, each read opens its own: a process may have few
+                if _kept[process] < _MOST_KEPT and self._numbers.setdefault(process, opened) == opened:
+                    _kept[process] += 1
+            finally:
+                if self._numbers.get(process) != opened:
+                    os.close(opened)
         except OSError as error:
             raise outage(self.path, error) from None
         return data
 
-    def _number(self) -> int:
-        process = os.getpid()
-        number = self._numbers.get(process)
-        if number is None:
-            opened = os.open(self.path, READ_FLAGS)
-            number = self._numbers.setdefault(process, opened)
-            if number != opened:  # another thread was first
-                os.close(opened)
-        return number
+    def _open(self) -> int:
+        opened = os.open(self.path, READ_FLAGS)
+        if self.stamp not in (None, _stamp(os.fstat(opened))):
+            os.close(opened)
+            raise PackError(
+                f"{self.path}: has changed since packing began, so that its images cannot be told apart any more; the same command again "
+                "continues with what it was, what it is now may need another --out"
+            )
+        return opened
+
+
+def _read(number: int, size: int, offset: int) -> bytes:
+    data = os.pread(number, size, offset)
+    # network file systems may give less at once
+    while len(data) < size and (more := os.pread(number, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def file_stamp(path: str) -> Stamp:
+    """What tells a file as it is now from a later one; the same on every machine of a shared file system."""
+    return _stamp(os.stat(path))
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_size, found.st_mtime_ns
 
 
 def missing_rows(count: int) -> npt.NDArray[np.void]:

@@ -32,8 +32,10 @@ from shardify.images.stores import (
     STORED,
     Location,
     OpenFile,
+    Stamp,
     check_size,
     clean_name,
+    file_stamp,
 )
 
 _WINDOW = 8 * BLOCK  # read at a time: small members' headers come together, large members are skipped
@@ -50,10 +52,11 @@ class TarReader:
 
     Args:
         path: the archive.
+        stamp: see `OpenFile`.
     """
 
-    def __init__(self, path: str) -> None:
-        self.file = OpenFile(path)
+    def __init__(self, path: str, stamp: Stamp | None = None) -> None:
+        self.file = OpenFile(path, stamp)
 
     def read(self, name: str, location: Location) -> bytes:
         """See `ImageReader`."""
@@ -63,9 +66,9 @@ class TarReader:
         check_size(location.size)
         data = self.file.read(location.size, location.offset)
         if len(data) < location.size:
-            raise ImageError(
-                "image-damaged",
-                f"the archive ends {location.size - len(data)} bytes before the member's end",
+            # every member lay inside of it when it was opened
+            raise PackError(
+                f"{self.file.path}: has become shorter while it was packed; the same command again continues with what it was"
             )
         return data
 
@@ -76,12 +79,12 @@ def open_tar(path: str, mount: str = "") -> ArchiveStore:
     Raises:
         SourceError: it is none, or damaged or cut off (with the byte where).
     """
-    reader = TarReader(os.path.abspath(path))
     places, links = array("q"), _Links()
     try:
-        size = os.stat(path).st_size
+        stamp = file_stamp(path)
+        reader = TarReader(os.path.abspath(path), stamp)
         with reader.file as file:
-            names = Listing.of(_members(file, size, places, links))
+            names = Listing.of(_members(file, stamp[0], places, links))
     except (OSError, PackError) as error:
         raise SourceError(f"{path}: cannot be read ({error})") from None
     except _Damaged as error:

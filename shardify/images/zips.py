@@ -25,8 +25,10 @@ from shardify.images.stores import (
     STORED,
     Location,
     OpenFile,
+    Stamp,
     check_size,
     clean_name,
+    file_stamp,
     missing_rows,
 )
 
@@ -68,10 +70,11 @@ class ZipReader:
 
     Args:
         path: the archive.
+        stamp: see `OpenFile`.
     """
 
-    def __init__(self, path: str) -> None:
-        self.file = OpenFile(path)
+    def __init__(self, path: str, stamp: Stamp | None = None) -> None:
+        self.file = OpenFile(path, stamp)
 
     def read(self, name: str, location: Location) -> bytes:
         """See `ImageReader`."""
@@ -128,10 +131,10 @@ def open_zip(path: str, mount: str = "") -> ArchiveStore:
         SourceError: it is none, a part of a split one, or damaged.
     """
     try:
-        end = os.stat(path).st_size
+        stamp = file_stamp(path)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error})") from None
-    return read_zip(path, mount, ZipReader(os.path.abspath(path)), end)
+    return read_zip(path, mount, ZipReader(os.path.abspath(path), stamp), stamp[0])
 
 
 def read_zip(path: str, mount: str, reader: ZipReader, end: int) -> ArchiveStore:

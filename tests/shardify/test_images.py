@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shardify.errors import ImageError, PackError, SourceError
+from shardify.errors import ImageError, PackError, SourceError, UsageError
 from shardify.images import stores, zips
 from shardify.images.folders import FolderStore
 from shardify.images.resolve import Resolver
@@ -310,6 +310,11 @@ def test_any_bytes_are_an_archive_or_a_clear_refusal(tmp_path, data):
 
 
 def test_places_without_images_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="--images is empty"):
+        open_store("")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match="pipe: neither a folder nor a file"):
+        open_store(tmp_path / "pipe")
     with pytest.raises(SourceError, match="no images there"):
         open_store(tmp_path / "none")
     path = tmp_path / "x.zip"
@@ -444,6 +449,40 @@ def test_the_last_of_several_tar_members_of_one_name_counts(tmp_path):
     assert store.reader.read("a", locate(store, ["a"])[0]) == JPEG
 
 
+@pytest.mark.parametrize("make", [make_tar, make_zip])
+def test_an_archive_that_changes_while_it_is_packed_costs_no_record(tmp_path, make):
+    path = tmp_path / "images"
+    store = make(path, {"a.jpg": JPEG, "b.jpg": b"b" * len(JPEG)})
+    located = locate(store, ["a.jpg", "b.jpg"])
+    other = pickle.loads(pickle.dumps(store.reader))
+    assert store.reader.read("a.jpg", located[0]) == JPEG
+    make(tmp_path / "new", {"b.jpg": b"b" * len(JPEG), "a.jpg": JPEG})
+    (tmp_path / "new").replace(path)
+    assert store.reader.read("a.jpg", located[0]) == JPEG  # the old one is still open here
+    with pytest.raises(PackError, match="images: has changed since packing began"):
+        other.read("a.jpg", located[0])
+
+
+def test_a_tar_that_becomes_shorter_while_it_is_packed_costs_no_record(tmp_path):
+    store = make_tar(tmp_path / "x.tar", {"a.jpg": JPEG})
+    (place,) = locate(store, ["a.jpg"])
+    assert store.reader.read("a.jpg", place) == JPEG
+    os.truncate(tmp_path / "x.tar", 600)
+    with pytest.raises(PackError, match=r"x\.tar: has become shorter"):
+        store.reader.read("a.jpg", place)
+
+
+def test_more_archives_than_a_process_may_open(tmp_path):
+    stores = [make_zip(tmp_path / f"{number}.zip", {"a": JPEG + b"%d" % number}) for number in range(150)]
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        for number, store in enumerate(stores):
+            assert store.reader.read("a", locate(store, ["a"])[0]) == JPEG + b"%d" % number
+    assert len(os.listdir("/proc/self/fd")) <= before + 128
+    del store, stores  # with the last one to know an archive, it is closed
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_cut_off_and_damaged_tars_are_refused_with_the_byte_where(tmp_path):
     path = tmp_path / "x.tar"
     make_tar(path, {"a": JPEG, "b" * 120: JPEG, "c": JPEG})
@@ -469,7 +508,7 @@ def test_cut_off_and_damaged_tars_are_refused_with_the_byte_where(tmp_path):
     store = open_store(path)
     (place,) = locate(store, ["a"])
     os.truncate(path, 600)
-    with pytest.raises(ImageError, match="image-damaged: the archive ends"):
+    with pytest.raises(PackError, match=r"x\.tar: has changed since packing began"):
         store.reader.read("a", place)
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from shardify import convert
 from shardify import run as run_module
 from shardify.convert import PackOptions, pack_dataset
 from shardify.errors import PackError, UsageError
@@ -242,6 +243,39 @@ def test_reading_in_order_gives_the_same_shards(source, place):
     assert plain.counts.set_aside == {"image-missing": 1, "image-unrecognised": 1}
     pack(source, images=[images], max_bad="3", read_order=True, out=source / "ordered", workers=2)
     assert tree(source / "out") == tree(source / "ordered")
+
+
+def test_what_cannot_be_looked_at_is_set_aside_in_any_order(source):
+    (source / "images" / "circle.jpg").symlink_to("circle.jpg")
+    write(source / "chat.json", [record(9, "circle.jpg"), *(record(n, f"{n}.jpg") for n in range(6))])
+    plain = pack(source, max_bad="1")
+    assert plain.counts.set_aside == {"image-unreadable": 1}
+    pack(source, max_bad="1", read_order=True, out=source / "ordered")
+    assert tree(source / "out") == tree(source / "ordered")
+
+
+def test_records_that_are_sent_along_keep_few_of_their_files_open(source, monkeypatch):
+    paths = [source / f"{number}.json" for number in range(100)]
+    for number, path in enumerate(paths):
+        write(path, [record(number)])
+    seen = []
+
+    def run(job, _engine):
+        before = len(os.listdir("/proc/self/fd"))
+        real = convert.open_unchanged
+
+        def opened(*arguments):
+            seen.append(len(os.listdir("/proc/self/fd")) - before)
+            return real(*arguments)
+
+        monkeypatch.setattr(convert, "open_unchanged", opened)
+        assert job.task(0).raw.count(b'"id"') == 100
+        return ["planned"]
+
+    monkeypatch.setattr(convert, "carry_out", run)
+    pack_dataset(PackOptions(records=paths, out=source / "out", engine="ray"))
+    assert len(seen) == 100
+    assert max(seen) <= 64
 
 
 def test_images_that_came_with_their_records_can_be_put_in_order(source):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from shardify.images.spool import SPOOLED
-from shardify.images.stores import LOCATION_DTYPE, MAX_IMAGE_BYTES, PLAIN_FILE, STORED
+from shardify.images.stores import LOCATION_DTYPE, MAX_IMAGE_BYTES, PLAIN_FILE, STORED, UNSEEN
 from shardify.pack import RECORD_DTYPE
 from shardify.scatter import _is_scattered, _wanted
 
@@ -47,9 +47,9 @@ def test_each_image_is_wanted_once_in_its_place_and_a_million_take_little_memory
 def test_object_stores_are_for_workers_and_what_is_too_large_stays():
     stores = [SimpleNamespace(path="/data/a.zip"), SimpleNamespace(path="s3://lab/images")]
     images = locations(
-        4,
-        store=[0, 1, 2, 0],
-        size=[9, 9, 9, MAX_IMAGE_BYTES + 1],
-        method=[STORED, PLAIN_FILE, SPOOLED, STORED],
+        5,
+        store=[0, 1, 2, 0, 0],
+        size=[9, 9, 9, MAX_IMAGE_BYTES + 1, 0],
+        method=[STORED, PLAIN_FILE, SPOOLED, STORED, UNSEEN],
     )
-    assert _is_scattered(images, stores).tolist() == [True, False, True, False]
+    assert _is_scattered(images, stores).tolist() == [True, False, True, False, False]
