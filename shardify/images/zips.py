@@ -165,11 +165,16 @@ def _read_directory(file: OpenFile, size: int) -> tuple[bytes, int]:
     """The central directory's bytes, and how far all offsets in it are off: what stands before the archive in the same file."""
     tail_at = max(0, size - _END.size - _MAX_COMMENT)
     tail = file.read(size - tail_at, tail_at)
-    at = tail.rfind(b"PK\5\6")
-    while at >= 0 and at + _END.size > len(tail):
-        at = tail.rfind(b"PK\5\6", 0, at)
-    if at < 0:
+    places = [
+        found.start() for found in re.finditer(b"PK\5\6", tail) if found.start() + _END.size <= len(tail)
+    ]
+    # the archive's comment, which is its end, may hold anything; when something was appended, the last one must do
+    whole = [
+        at for at in places if at + _END.size + int.from_bytes(tail[at + 20 : at + 22], "little") == len(tail)
+    ]
+    if not places:
         raise _Damaged("it has no end-of-directory record: cut off, or no zip")
+    at = whole[0] if whole else places[-1]
     _, disk, first_disk, _, _, length, offset, _ = _END.unpack_from(tail, at)
     end = tail_at + at  # of the directory, as it should be
     locator = file.read(_END_LOCATOR.size, end - _END_LOCATOR.size) if end >= _END_LOCATOR.size else b""

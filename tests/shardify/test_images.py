@@ -267,6 +267,20 @@ def test_encrypted_members_are_seen_by_their_flag(tmp_path):
     assert store.reader.read("b", plain) == JPEG
 
 
+def test_what_a_zip_ends_in_may_look_like_another_end(tmp_path):
+    for number, (comment, behind) in enumerate(
+        [(b"PK\5\6" + b"\xff" * 40, b""), (b"", b"appended"), (b"of 7", b"\n")]
+    ):
+        path = tmp_path / f"{number}.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.jpg", JPEG)
+            archive.comment = comment
+        with open(path, "ab") as file:
+            file.write(behind)
+        store = open_store(path)
+        assert store.reader.read("a.jpg", locate(store, ["a.jpg"])[0]) == JPEG
+
+
 def test_the_last_of_several_members_of_one_name_counts(tmp_path):
     path = tmp_path / "x.zip"
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
