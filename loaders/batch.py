@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+_PINNED_BYTES = 8 * 1024 * 1024  # 512 rows of 2,048 tokens
+
 
 @dataclass(frozen=True, slots=True)
 class SampleFault:
@@ -77,19 +79,27 @@ class Batch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy has memory of its own, and no slab to look after
-        return _from_fields, (
-            {item.name: getattr(self, item.name) for item in fields(self) if item.name != "_copied"},
-        )
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "_copied"}
+        if not isinstance(self.images, torch.Tensor):  # views over a slab
+            values["images"] = [bytes(image) for image in self.images]
+        return _from_fields, (values,)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> "Batch":
         """The batch with its tensors on `device`.
 
-        Copies to a CUDA device run on the current stream, and beside the host when the memory is pinned; the source is kept until they
-        are complete, so this batch may be dropped at once.
+        Copies to a CUDA device run on the current stream. Those of pixels in a slab, and of small tensors, run beside the host, and the
+        source is kept until they are complete, so this batch may be dropped at once. To other devices the host waits for each copy.
+
+        Args:
+            device: where to.
+            non_blocking: False waits for each copy to CUDA, too. Default True.
         """
         device = torch.device(device)
+        beside = (
+            non_blocking and device.type == "cuda"
+        )  # elsewhere nothing would tell when a slab may be used again
         moved: dict[str, Any] = {
-            item.name: value.to(device, non_blocking=non_blocking and device.type != "cpu")
+            item.name: (_pinned(value) if beside else value).to(device, non_blocking=beside)
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), torch.Tensor)
         }
@@ -97,7 +107,19 @@ class Batch:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             self._copied(event)
+        if device.type != "cpu":  # the copy has nothing to do with the slab any more
+            moved["_copied"] = None
         return replace(self, **moved)
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor where the device can fetch it: a small one is copied into memory that torch keeps for that, and uses again.
+
+    Tokens lie in ordinary memory, from which the host itself would feed each copy, and wait; the copy here takes microseconds. Pixels that
+    found no slab are rather waited for than pinned: so much pinned memory would never be given back.
+    """
+    small = tensor.device.type == "cpu" and tensor.nbytes <= _PINNED_BYTES
+    return tensor.pin_memory() if small and not tensor.is_pinned() else tensor
 
 
 def _from_fields(values: dict[str, Any]) -> Batch:

@@ -6,17 +6,22 @@ is free again when every tensor over it is gone and the copies out of it are com
 the memory back; there is no name to leave behind, and /dev/shm is not involved.
 """
 
+import logging
 import mmap
 import os
 import weakref
 from collections import deque
-from itertools import chain
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 Bytes = npt.NDArray[np.uint8]
+
+_log = logging.getLogger("loaders")
 
 _PAGE = mmap.PAGESIZE
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
@@ -44,7 +49,8 @@ class SlabPool:
         self._free: deque[int] = deque(range(self.count))
         self._copies: dict[int, list[torch.cuda.Event]] = {}
         self._draining: list[int] = []
-        self._pinned = False
+        self._process = os.getpid()
+        self._device: int | None = None  # where the memory was pinned
 
     def acquire(self) -> int | None:
         """A free slab's number, or None when all are in use."""
@@ -68,10 +74,27 @@ class SlabPool:
         weakref.finalize(memory, self.release, slab).atexit = False
         return memory
 
+    def lend_views(self, slab: int, ends: Sequence[int]) -> list[memoryview]:
+        """Byte strings that lie one behind the other in a slab, which is freed when all of them are gone.
+
+        Args:
+            slab: its number.
+            ends: where each of them ends, ascending; the first begins at 0.
+
+        Returns:
+            Read-only views, in order; of none, the slab is free at once.
+        """
+        memory = self.lend(slab).data.toreadonly()
+        return [memory[begin:end] for begin, end in pairwise(chain([0], ends))]
+
     def release(self, slab: int) -> None:
-        """Free a slab, once the copies out of it are complete: those recorded, and those on the current stream."""
-        if self._pinned:  # a plain `tensor.to("cuda", non_blocking=True)` records nothing
-            self.record_copy(slab, torch.cuda.current_stream().record_event())
+        """Free a slab, once the copies out of it are complete: those recorded, and those on the device's current stream."""
+        if self._process != os.getpid():  # a forked copy of the batch is gone, not the batch
+            return
+        # a plain `tensor.to("cuda", non_blocking=True)` records nothing; what a graph being captured would record never comes to pass
+        if self._device is not None and not torch.cuda.is_current_stream_capturing():
+            # of the device pinned on: the thread in which the last tensor goes may have another current one
+            self.record_copy(slab, torch.cuda.current_stream(self._device).record_event())
         (self._draining if slab in self._copies else self._free).append(slab)
 
     def record_copy(self, slab: int, event: torch.cuda.Event) -> None:
@@ -80,13 +103,21 @@ class SlabPool:
 
     def pin(self) -> None:
         """Register the memory with CUDA, so that copies to the device run beside other work. Without CUDA nothing happens."""
-        if self._map is None or self._pinned or not torch.cuda.is_available():
+        if self._map is None or self._device is not None or not torch.cuda.is_available():
             return
         address = np.frombuffer(self._map, np.uint8).ctypes.data
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        if int(cudart.cudaHostRegister(address, self.count * self.size, _PORTABLE)) == 0:
-            self._pinned = True
-            weakref.finalize(self, _unpin, address, self._copies).atexit = False
+        status = int(cudart.cudaHostRegister(address, self.count * self.size, _PORTABLE))
+        if status != 0:
+            _log.warning(
+                "CUDA cannot pin the loader's memory (error %d): the host waits for each copy to the device",
+                status,
+            )
+            with suppress(RuntimeError):  # CUDA tells its last error once more, to whoever uses it next
+                torch.zeros(1, device="cuda")
+            return
+        self._device = torch.cuda.current_device()
+        weakref.finalize(self, _unpin, address, self._copies).atexit = False
 
 
 def _complete(events: list[torch.cuda.Event]) -> bool:

@@ -1,6 +1,8 @@
 """`Batch` and the report over batches."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -39,6 +41,21 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
 
 def test_encoded_images_stay_bytes():
     assert batch(images=[b"a"]).to("meta").images == [b"a"]
+
+
+def test_a_copy_of_views_has_bytes_of_its_own():
+    memory = bytearray(b"abcd")
+    here = batch(images=[memoryview(memory)[:1], memoryview(memory)[1:]])
+    for copied in (pickle.loads(pickle.dumps(here)), copy.deepcopy(here)):
+        memory[0] = ord("x")
+        assert copied.images[1] == b"bcd"
+        assert {type(image) for image in copied.images} == {bytes}
+
+
+def test_a_copy_elsewhere_leaves_the_slab_alone():
+    here = batch(_copied=print)
+    assert here.to("meta")._copied is None
+    assert here.to("cpu")._copied is print  # the same memory
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -2,6 +2,9 @@
 
 import gc
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +66,42 @@ def test_any_view_keeps_a_slab(keep):
     assert pool.acquire() == slab
 
 
+def test_byte_strings_over_a_slab_keep_it_until_the_last_is_gone():
+    pool = SlabPool(1, 100)
+    slab = pool.acquire()
+    pool.memory(slab)[:6] = list(b"abcdef")
+    views = pool.lend_views(slab, [3, 3, 6])
+    assert views == [b"abc", b"", b"def"]
+    assert all(view.readonly for view in views)
+    last = views[2]
+    del views
+    part, whole = last[1:], np.frombuffer(last, np.uint8)
+    del last, whole
+    gc.collect()
+    assert pool.acquire() is None
+    assert bytes(part) == b"ef"
+    del part
+    assert pool.acquire() == slab
+
+
+def test_a_slab_of_no_byte_strings_is_free_at_once():
+    pool = SlabPool(1, 100)
+    assert pool.lend_views(pool.acquire(), []) == []
+    assert pool.acquire() == 0
+
+
+def test_a_forked_process_frees_nothing():
+    pool = SlabPool(1, 100)
+    memory = pool.lend(pool.acquire())
+    child = os.fork()
+    if child == 0:
+        del memory
+        os._exit(pool.acquire() is not None)
+    assert os.waitpid(child, 0)[1] == 0
+    del memory
+    assert pool.acquire() == 0
+
+
 def test_a_slab_waits_for_the_copies_out_of_it():
     pool = SlabPool(1, 100)
     slab = pool.acquire()
@@ -89,6 +128,24 @@ def test_lent_memory_outlives_its_pool():
     assert (memory == 7).all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_plain_copy_under_way_keeps_a_slab():
+    pool = SlabPool(1, 1 << 20)
+    pool.pin()
+    slab = pool.acquire()
+    tensor = torch.from_numpy(pool.lend(slab))
+    assert tensor.is_pinned()
+    tensor.fill_(7)
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    copied = tensor.to("cuda", non_blocking=True)
+    del tensor
+    assert pool.acquire() is None
+    torch.cuda.synchronize()
+    assert pool.acquire() == slab
+    pool.memory(slab)[:] = 1
+    assert (copied == 7).all()
+
+
 def test_a_forked_process_writes_into_the_same_memory():
     pool = SlabPool(2, 1000)
     child = os.fork()
@@ -108,3 +165,41 @@ def test_no_file_stays_open():
     del pools
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+SMALL_DEV_SHM = """
+import os, sys, threading
+import torch
+from loaders import ImageTransform, StreamingLoader
+
+loader = StreamingLoader(sys.argv[1], batch_size=32, image=ImageTransform(336), num_workers=2, prefetch=4)
+kept = list(loader)  # 12 slabs of 11 MB, all written to
+assert sum(batch.images.nbytes for batch in kept) > 64 << 20
+for batch in kept:
+    for sample, pixels in zip(batch.image_samples.tolist(), batch.images):
+        assert pixels.float().mean(dim=(1, 2)).round().tolist() == [int(batch.keys[sample]), 0, 7]
+names = os.listdir("/dev/shm")
+assert not [name for name in names if name != "sentinel"], names
+loader.close()
+print("done")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small /dev/shm")
+def test_a_small_dev_shm_is_no_limit(tmp_path, made):
+    data = made.write(tmp_path / "data", [made.ordinary(i) for i in range(200)], shards=2)
+    script = tmp_path / "run.py"
+    script.write_text(SMALL_DEV_SHM)
+    mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && touch /dev/shm/sentinel && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", mount, "sh"]
+    if subprocess.run([*command, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this system does not let root mount in a namespace of its own")
+    run = subprocess.run(
+        [*command, sys.executable, script, data],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert run.stdout == "done\n", run.stderr
