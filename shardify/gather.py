@@ -107,7 +107,7 @@ def open_sets(shards: Shards) -> list[DataSet]:
     Raises:
         UsageError, FormatError: as `open_shards`.
     """
-    opened = open_shards(shards)
+    opened = open_shards(shards, remote=False)
     folders: dict[str, list[int]] = {}
     where: dict[str, str] = {}
     for number, shard in enumerate(opened.shards):

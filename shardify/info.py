@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from shardify.audit import describe_counts
 from shardify.errors import FormatError
-from shardify.format.shards import Shards, ShardSet, open_shards
+from shardify.format.shards import ShardFile, Shards, local_sidecars, open_shards
 from shardify.format.sidecar import read_shard_info, read_sidecar
 
 _COLUMNS = ("images", "turns", "words", "source")
@@ -81,13 +81,14 @@ def describe(shards: Shards) -> DataSetInfo:
         UsageError, FormatError: as `open_shards`.
     """
     opened = open_shards(shards)
-    tables = [_read(opened, number) for number in range(len(opened.shards))]
+    sidecars = local_sidecars(opened.shards)
+    tables = [_read(shard, path) for shard, path in zip(opened.shards, sidecars, strict=True)]
     table = pa.concat_tables(tables)
     set_aside: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     reconciled = True
-    for shard in opened.shards:
-        recorded = read_shard_info(shard.sidecar)
+    for path in sidecars:
+        recorded = read_shard_info(path)
         reconciled &= bool(recorded.plan)
         set_aside.update(item.code for item in recorded.set_aside)
         notes.update(recorded.notes)
@@ -174,9 +175,8 @@ def _number(value: float, digits: int) -> str:
     return f"{value:,.0f}" if value == int(value) and digits == 1 else f"{value:,.{digits}f}"
 
 
-def _read(opened: ShardSet, number: int) -> pa.Table:
-    shard = opened.shards[number]
-    table = read_sidecar(shard.sidecar, _COLUMNS).replace_schema_metadata(None)
+def _read(shard: ShardFile, sidecar: str) -> pa.Table:
+    table = read_sidecar(sidecar, _COLUMNS).replace_schema_metadata(None)
     if table.num_rows != shard.samples:
         raise FormatError(f"{shard.sidecar}: {table.num_rows} samples, but the shard holds {shard.samples}")
     return table

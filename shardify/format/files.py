@@ -1,6 +1,7 @@
 """Files written as a whole, and where a user's computer keeps what can be had again."""
 
 import contextlib
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -40,3 +41,18 @@ def replacing(path: str) -> Iterator[str]:
                 os.unlink(temporary)
     except OSError as error:
         raise FormatError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """One process or thread of this machine at a time: a lock on the folder itself, so that nothing is left behind.
+
+    Network file systems without such locks let several in at once; what they write must be the same bytes.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

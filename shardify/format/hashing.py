@@ -4,6 +4,9 @@ import os
 
 import xxhash
 
+MAX_HASHED_BYTES = 256 * 1000**2
+"""What is hashed in passing, in a tenth of a second; a larger file is `shardify verify`'s to check."""
+
 _CHUNK = 4 * 1024 * 1024
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from shardify.errors import FormatError, UsageError
 from shardify.format import shards as shards_module
+from shardify.format.files import locked
 from shardify.format.hashing import hash_file
 from shardify.format.index import INDEX_DTYPE, index_rows, write_index
 from shardify.format.manifest import Counts, Manifest, Shard, encode_manifest
@@ -164,7 +165,8 @@ def test_no_pattern_is_wrong_usage(nothing):
 def test_patterns_that_cannot_be_are_wrong_usage(finished):
     refuse(f"{finished}/{{000..003.tar", UsageError, "brace")
     refuse(f"{finished}/{{0..999999999}}.tar", UsageError, "1000000000")
-    refuse("s3://bucket/{000..003}.tar", UsageError, "local")
+    refuse("ftp://bucket/{000..003}.tar", UsageError, "not a place")
+    refuse("s3://bucket/{000..003.tar", UsageError, "brace")
     refuse([finished, finished / "002.tar"], UsageError, "twice")
     refuse([finished / "002.tar", finished / ".." / "data" / "002.tar"], UsageError, "twice")
 
@@ -367,7 +369,7 @@ def test_a_waiting_process_does_not_build_again(tmp_path, cache):
         "opened = open_shards(sys.argv[1])\n"
         "print(os.stat(opened.shards[0].sidecar).st_ino)"
     )
-    with shards_module._locked(str(tmp_path)):
+    with locked(str(tmp_path)):
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path)],
             stdout=subprocess.PIPE,
