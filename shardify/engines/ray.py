@@ -7,6 +7,8 @@ Ray's runtime lives in the child alone: it brings threads, which forbid a fork, 
 process that holds the plan and speaks with object stores. The child asks for tasks as there is room for them, so few are in memory.
 """
 
+import functools
+import importlib.metadata
 import importlib.util
 import logging
 import math
@@ -18,7 +20,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -35,6 +37,7 @@ _REPORT_EVERY = 1.0  # seconds between a task's reports
 _POLL_EVERY = 0.5  # seconds between looks at the board of reports
 _PATIENCE = 10.0  # seconds for a cluster to answer, and for the end of what was cancelled
 _CRASHES = 3  # of one shard's workers before its own content is the likely reason
+_WRITERS = ("pillow", "pyarrow", "zstandard")  # other versions of them may write other bytes
 _CONTINUES = "the same command again continues"
 
 _Context = TypeVar("_Context", bound=RunContext)
@@ -110,7 +113,9 @@ def run_shards(
         while (message := _receive(here)) is not None:
             match message:
                 case _More():
-                    here.send(next(islice(waiting, 1), None))
+                    task = next(islice(waiting, 1), None)
+                    with suppress(BrokenPipeError):  # the child is dead: receiving from it says so
+                        here.send(task)
                 case _Told():
                     report(*message)
                 case _Lost():
@@ -181,6 +186,8 @@ def _lead(orders: _Orders, connection: Connection, parents_end: Connection, pare
         ray = _connect(orders.address, orders.workers)
         try:
             _Run(ray, connection, orders).work()
+        except ray.exceptions.RayError as error:
+            raise PackError(f"the Ray cluster failed: {str(error).strip()}; {_CONTINUES}") from error
         finally:
             with suppress(BrokenPipeError):
                 ray.shutdown()
@@ -366,14 +373,20 @@ class _Run:
             self.ray.wait(running, num_returns=len(running), timeout=_PATIENCE / 2)
 
 
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Of what the bytes of shards and sidecars depend on."""
+    return {"shardify": __version__} | {name: importlib.metadata.version(name) for name in _WRITERS}
+
+
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """What all tasks of a run share, in the cluster's object store; `folder`, `version` and `host` are the leader's."""
+    """What all tasks of a run share, in the cluster's object store; `folder`, `versions` and `host` are the leader's."""
 
     execute: Callable[[Any, Any, Report], ShardResult]
     context: RunContext
     folder: str = field(default_factory=os.getcwd)
-    version: str = __version__
+    versions: dict[str, str] = field(default_factory=_versions)
     host: str = field(default_factory=socket.gethostname)
 
 
@@ -409,7 +422,7 @@ def _make(shared: _Shared, task: Task, board: Any) -> _Finished:
     with suppress(OSError):
         os.chdir(shared.folder)  # relative paths are meant from where the run was started
     try:
-        _require_version(shared.version)
+        _require_versions(shared.versions)
         result: ShardResult | Exception = shared.execute(shared.context, task, report)
     except Exception as error:  # noqa: BLE001 - raised again by the parent
         error.add_note(f"in the worker that made {task.name}:\n{traceback.format_exc()}")
@@ -420,8 +433,14 @@ def _make(shared: _Shared, task: Task, board: Any) -> _Finished:
     return _Finished(result, (records, size))
 
 
-def _require_version(version: str) -> None:
-    if version != __version__:
+def _require_versions(expected: Mapping[str, str]) -> None:
+    here = _versions()
+    differing = [
+        f"{name} {here[name]} instead of {version}"
+        for name, version in expected.items()
+        if here[name] != version
+    ]
+    if differing:
         raise PackError(
-            f"shardify {__version__} is installed here, the run was started with {version}; all nodes need the same"
+            f"other versions are installed here than where the run was started: {', '.join(differing)}; all nodes need the same"
         )

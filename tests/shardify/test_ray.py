@@ -1,6 +1,7 @@
 """A Ray cluster makes the very bytes that this machine's processes make, whatever happens to its nodes and to who started it."""
 
 import importlib.util
+import multiprocessing
 import os
 import secrets
 import shutil
@@ -10,13 +11,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from shardify.demo import make_demo
+from shardify.engines import ray as ray_engine
+from shardify.errors import PackError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed; pip install 'shardify[ray]'"
@@ -87,8 +92,8 @@ class Cluster:
             path.unlink()
 
 
-@pytest.fixture(scope="module")
-def head():
+@contextmanager
+def running_head():
     """A cluster of one node, with a short path: sockets lie below it."""
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     with socket.socket() as free:
@@ -114,6 +119,12 @@ def head():
         for name in list(cluster.nodes):
             cluster.kill(name)
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def head():
+    with running_head() as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -216,6 +227,48 @@ def test_what_a_shard_raises_ends_the_run_with_its_own_message(cluster, source, 
 
     assert "shardify: error: 000.tar is cursed\n" in said
     assert "Traceback" not in said
+
+
+def test_a_cluster_that_is_lost_ends_the_run_which_is_continued(source, tmp_path):
+    with running_head() as cluster:
+        ray = ("--engine", "ray", "--ray-address", cluster.address)
+        # a minute by default
+        environment = dict(cluster.environment, PAUSE="0.3", RAY_gcs_rpc_server_reconnect_timeout_s="3")
+        process = start_pack(source, tmp_path / "out", *ray, environment=environment)
+        wait_until(lambda: len(list((tmp_path / "out").glob("*.parquet"))) >= 2, cluster.log)
+        cluster.kill("head")
+        said = finish(process, 1)
+
+    assert "shardify: error: " in said
+    assert "the same command again continues" in said
+    assert "Traceback" not in said
+    finish(start_pack(source, tmp_path / "out", "--workers", 2))
+    assert content(tmp_path / "out") == content(source / "local")
+
+
+def test_a_leader_that_dies_before_it_has_its_task_is_said_to_be_lost(cluster, monkeypatch):
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+
+    def tasks():
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        yield SimpleNamespace(name="000.tar")
+
+    with pytest.raises(PackError, match="the connection with the Ray cluster was lost"):
+        list(ray_engine.run_shards(print, None, tasks(), address=cluster.address))
+
+
+def test_a_node_with_another_library_makes_no_shards(monkeypatch):
+    monkeypatch.setattr(ray_engine, "stay", lambda: None)  # this is no worker of a cluster
+    shared = ray_engine._Shared(lambda *_: "made", None)
+    task = SimpleNamespace(name="000.tar")
+    assert ray_engine._make(shared, task, None).result == "made"
+    other = replace(shared, versions=shared.versions | {"pillow": "1.0"})
+    refused = ray_engine._make(other, task, None).result
+    assert isinstance(refused, PackError)
+    assert f"pillow {version('pillow')} instead of 1.0; all nodes need the same" in str(refused)
 
 
 def test_what_a_killed_run_made_on_ray_is_continued_locally(cluster, source, tmp_path):
