@@ -62,7 +62,7 @@ NOTES: Mapping[str, str] = {
     "no-words": "all texts are empty: LLaVA's length grouping stops there",
     "image-by-prefix": "an image was found under the name that a prefix map gives it",
     "image-by-suffix": "an image was found by the end of its path",
-    "image-by-stem": "an image was found under its name with another extension",
+    "image-by-stem": "an image was found under its name with another extension, or with its accents in another Unicode form",
     "image-rotated": "an image is stored turned, and its EXIF orientation says so: LLaVA ignores that, and trains on it as stored",
     "image-alpha": "an image has transparency: LLaVA drops it, so that hidden colours show",
     "image-cmyk": "an image is in printing colours (CMYK), which are converted for training",

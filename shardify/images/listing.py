@@ -1,12 +1,13 @@
 """Many names in little memory, found by the whole path, by its end, or by either without the extension.
 
-    name       a/b/c.jpg                its stem        a/b/c
+    name       a/b/c.jpg                its stem        a/b/c    (in Unicode's normal form C)
     endings    b/c.jpg   c.jpg          their stems     b/c    c
 
 Each of the four is a sorted table of 64-bit hashes beside the numbers of the names, made when it is first asked for: 12 bytes an entry. What a
 hash finds is compared with the name itself.
 """
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from itertools import chain, pairwise
@@ -142,7 +143,7 @@ class Listing:
         """
         if not len(self) or not texts:
             return {}
-        wanted = encode(texts)
+        wanted = list(map(_composed, encode(texts))) if kind in _STEMS else encode(texts)
         hashes = _hash([_hashed_end(text) for text in wanted] if kind in _ENDINGS else wanted, kind)
         table, numbers = self._table(kind)
         lows = np.searchsorted(table, hashes, side="left")
@@ -208,7 +209,7 @@ class Listing:
         hashes, numbers = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint32)]
         first = 0
         for chunk in self.chunks():
-            texts = [name[: _stem_length(name)] for name in chunk] if kind in _STEMS else chunk
+            texts = list(map(_stem, chunk)) if kind in _STEMS else chunk
             these = np.arange(first, first + len(chunk), dtype=np.uint32)
             first += len(chunk)
             if kind in _ENDINGS:
@@ -253,7 +254,21 @@ def _stem_length(name: bytes) -> int:
     return at
 
 
+def _stem(name: bytes) -> bytes:
+    """What stems are compared by."""
+    return _composed(name[: _stem_length(name)])
+
+
+def _composed(text: bytes) -> bytes:
+    """In Unicode's normal form C: macOS takes an accented letter apart, so that archives made there hold other bytes than records say."""
+    if text.isascii():
+        return text
+    return unicodedata.normalize("NFC", text.decode("utf-8", "surrogatepass")).encode(
+        "utf-8", "surrogatepass"
+    )
+
+
 def _is_of_kind(name: bytes, text: bytes, kind: Kind) -> bool:
     if kind in _STEMS:
-        name = name[: _stem_length(name)]
+        name = _stem(name)
     return name.endswith(b"/" + text) if kind in _ENDINGS else name == text

@@ -4,8 +4,8 @@ A path is looked for in this order, and the first step that finds it decides:
 
 1. exactly: the path as each of its source's prefix maps rewrites it, then as it stands, each in every store in their order;
 2. by its end: the longest agreement of whole components between the path and a name in a store, one of which must be the end of the other;
-3. by its stem: the same file with another extension that images go by (OCR-VQA's records say ``.jpg``, the disk has ``.gif``), at the exact
-   place first, then by its end.
+3. by its stem: the same file with another extension that images go by (OCR-VQA's records say ``.jpg``, the disk has ``.gif``), or
+   with its accents written as other bytes (macOS takes letters apart), at the exact place first, then by its end.
 
 A wrong picture is worse than a missing one. So two names are never matched that each have a folder the other lacks: ``vg/1.jpg`` is not
 ``gqa/1.jpg``. Of a path that is longer than the name, at least two components must agree, unless there is but one store, or the missing folders are

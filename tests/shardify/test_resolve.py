@@ -180,6 +180,21 @@ def test_stems(tmp_path):
         assert resolve([place], absent) == "image-missing", absent
 
 
+def test_accents_may_be_written_as_other_bytes(tmp_path):
+    """macOS takes letters apart, in names and in the archives it makes; records have them as they were typed."""
+    composed, apart = (
+        "wikiart/andr\u00e9 \u00fc \ud55c.jpg",
+        "wikiart/andre\u0301 u\u0308 \u1112\u1161\u11ab.jpg",
+    )
+    for place in (folder(tmp_path / "mac", apart), archive(tmp_path / "mac.zip", apart)):
+        assert resolve([place], composed) == (0, apart, BY_STEM)
+        assert resolve([place], composed.removeprefix("wikiart/")) == (0, apart, BY_STEM)
+    assert resolve([folder(tmp_path / "other", composed)], apart) == (0, composed, BY_STEM)
+    both = folder(tmp_path / "both", composed, apart)
+    assert [resolve([both], path) for path in (composed, apart)] == [(0, composed, EXACT), (0, apart, EXACT)]
+    assert resolve([both], composed.replace(".jpg", ".png")) == "image-ambiguous"
+
+
 def test_faults_that_the_place_already_shows(tmp_path):
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
