@@ -19,8 +19,8 @@ from shardify.errors import FormatError
 from shardify.format.index import MAX_SIZE
 from shardify.format.names import TAR_ZST
 from shardify.format.sidecar import read_sidecar
-from shardify.format.tar import read_samples
-from shardify.format.zstd import decompress_frame
+from shardify.format.tar import read_samples, split_samples
+from shardify.format.zstd import MAX_FRAME_BYTES, decompress_frame
 
 COLUMNS = ("key", "offset", "size")
 """The sidecar columns that `SampleReader` needs."""
@@ -63,7 +63,7 @@ class SampleReader:
         self._sizes = rows["size"].to_numpy()
         self._ordinals = ordinals(self._offsets) if is_compressed(path) else None
         self._frame_at = -1
-        self._frame: list[StoredSample] = []
+        self._frame: list[memoryview] = []
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
 
     def __enter__(self) -> Self:
@@ -99,15 +99,10 @@ class SampleReader:
         else:
             if self._frame_at != offset:
                 self._frame_at = -1
-                content = decompress_frame(read_span(self._file, offset, size, where=where), where=where)
-                self._frame = [StoredSample(*each) for each in read_samples(memoryview(content), where=where)]
+                self._frame = split_frame(read_span(self._file, offset, size, where=where), where=where)
                 self._frame_at = offset
-            ordinal = int(self._ordinals[number])
-            if ordinal >= len(self._frame):
-                raise FormatError(
-                    f"{where}: its frame holds {len(self._frame)} samples, but its row is number {ordinal + 1}"
-                )
-            found = self._frame[ordinal]
+            span = frame_sample(self._frame, int(self._ordinals[number]), where=where)
+            found = _one(span, where)
         if found.key != key:
             raise FormatError(
                 f"{where}: has the key {found.key!r} in the shard; the index does not belong to it"
@@ -122,6 +117,73 @@ def ordinals(offsets: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.i
     first = np.ones(len(values), bool)
     first[1:] = values[1:] != values[:-1]
     return numbers - np.maximum.accumulate(np.where(first, numbers, 0)) if len(values) else numbers
+
+
+def ordinals_at(
+    offsets: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], samples: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """`ordinals` of some samples of a data set, without looking at the others: 0 for all samples of plain shards.
+
+    Only neighbours are looked at, at distances that double and then halve, so that a frame of f samples costs 2 log2(f) looks at each of them.
+
+    Args:
+        offsets: int64 [N], of all samples of the set, the index's; equal ones stand together within a shard.
+        starts: int64 [shards + 1], the samples before each shard.
+        samples: int64 [n], numbers of samples in any order, each from 0 to N - 1.
+
+    Returns:
+        int64 [n], which sample of its frame each is, from 0.
+    """
+    own = offsets[samples]
+    room = samples - starts[np.searchsorted(starts, samples, "right") - 1]  # samples before it in its shard
+    back = np.zeros(len(samples), np.int64)  # as far back its frame is known to reach
+    step = 1
+    growing = np.arange(len(samples))
+    while len(growing):
+        growing = growing[step <= room[growing]]
+        growing = growing[offsets[samples[growing] - step] == own[growing]]
+        back[growing] = step
+        step *= 2
+    # a frame reaches from `back` to less than twice as far; only where it reaches at all
+    step = int(back.max(initial=0))
+    inside = np.flatnonzero(back)
+    while step := step // 2:
+        further = back[inside] + step
+        fits = (further <= room[inside]) & (step < back[inside])
+        taken, further = inside[fits], further[fits]
+        reaches = offsets[samples[taken] - further] == own[taken]
+        back[taken[reaches]] = further[reaches]
+    return back
+
+
+def split_frame(frame: memoryview, *, where: str, limit: int = MAX_FRAME_BYTES) -> list[memoryview]:
+    """The samples of one zstd frame, for `frame_sample`; worth keeping while neighbours are read.
+
+    Args:
+        frame: compressed, as the index names it.
+        where: names it in errors, such as ``data/000.tar.zst: frame at byte 1024``.
+        limit: refuse a frame that is larger decompressed; no more memory than that is used.
+
+    Returns:
+        The span of each sample, views of one buffer.
+
+    Raises:
+        FormatError: it is damaged, larger than `limit`, or holds no samples.
+    """
+    return split_samples(memoryview(decompress_frame(frame, where=where, limit=limit)), where=where)
+
+
+def frame_sample(samples: Sequence[memoryview], ordinal: int, *, where: str) -> memoryview:
+    """One sample of `split_frame`, as a plain shard's span would be (`read_members`).
+
+    Raises:
+        FormatError: there are not so many: the index does not belong to the shard.
+    """
+    if not 0 <= ordinal < len(samples):
+        raise FormatError(
+            f"{where}: its frame holds {len(samples)} samples, but its row is number {ordinal + 1}"
+        )
+    return samples[ordinal]
 
 
 def read_span(file: FileIO, offset: int, size: int, *, where: str) -> memoryview:

@@ -6,6 +6,7 @@ One member is a 512-byte header, the data, and zeros to the next multiple of 512
 
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -258,13 +259,42 @@ def read_samples(span: memoryview, *, where: str) -> Iterator[tuple[str, list[tu
         FormatError: as `read_members`.
     """
     members: list[tuple[str, memoryview]] = []
-    key = ""
+    last = ""
+    for key, field, begin, size in _walk(span, where):
+        if members and key != last:
+            yield last, members
+            members = []
+        last = key
+        members.append((field, span[begin : begin + size]))
+    if members:
+        yield last, members
+
+
+def split_samples(span: memoryview, *, where: str) -> list[memoryview]:
+    """The spans of the samples that `read_samples` gives: each from where the one before it ends to the padded end of its own last member.
+
+    Raises:
+        FormatError: as `read_members`.
+    """
+    ends: list[int] = []
+    last = None
+    for key, _, begin, size in _walk(span, where):
+        if key != last:
+            ends.append(0)
+            last = key
+        ends[-1] = begin + size + padding(size)
+    return [span[begin:end] for begin, end in pairwise((0, *ends))]
+
+
+def _walk(span: memoryview, where: str) -> Iterator[tuple[str, str, int, int]]:
+    """Key, field, begin of the data and its size, of each member of a sample."""
+    found = False
     extension: Extension | None = None
     offset = 0
     while offset < len(span):
         header = parse_header(span, offset)
         if header is None:
-            if members and span[offset : offset + BLOCK] == _PADDING:
+            if found and span[offset : offset + BLOCK] == _PADDING:
                 break
             raise FormatError(f"{where}: no tar header at byte {offset} of the sample")
         name, size, kind = header
@@ -284,15 +314,10 @@ def read_samples(span: memoryview, *, where: str) -> Iterator[tuple[str, list[tu
             parsed = split_name(name)
             if parsed is None:
                 continue
-            if members and parsed[0] != key:
-                yield key, members
-                members = []
-            key = parsed[0]
-            members.append((parsed[1], span[data : data + size]))
+            found = True
+            yield *parsed, data, size
         elif kind in EXTENSIONS and kind != PAX_GLOBAL:
             # shards written by others: what does not fit a header precedes it
             extension = extension or Extension()
             if size > MAX_EXTENSION_BYTES or not extension.read(kind, bytes(span[data : data + size])):
                 raise FormatError(f"{where}: damaged extended header at byte {data} of the sample")
-    if members:
-        yield key, members

@@ -152,6 +152,28 @@ def test_the_fingerprint_does_not_depend_on_the_place(finished, tmp_path):
     assert open_shards(tmp_path / "moved").fingerprint == before
 
 
+def test_a_set_that_has_grown_begins_with_what_it_was(tmp_path):
+    before = make_set(tmp_path / "before" / "data", (2, 3))
+    after = make_set(tmp_path / "data", (2, 3, 4))
+    old, new = open_shards(before), open_shards(after)
+    assert new.fingerprint != old.fingerprint
+    begin = new.prefix(old.fingerprint["shards"])
+    assert begin.fingerprint == old.fingerprint
+    assert begin.starts.tolist() == [0, 2, 5]
+    assert np.shares_memory(begin.index, new.index)
+    assert keys_of(begin) == all_keys(0, 5)
+    assert new.prefix(1).fingerprint != old.fingerprint
+    assert new.prefix(3).fingerprint == new.fingerprint
+    assert len(new.prefix(0).index) == 0
+    with pytest.raises(ValueError, match="first 4 shards of 3"):
+        new.prefix(4)
+
+
+def test_a_folder_that_is_not_there(tmp_path, finished):
+    refuse(f"{tmp_path}/nowhere/", FormatError, "nowhere", "no such")
+    refuse([finished, f"{tmp_path}/nowhere/"], FormatError, "1 of 5 shards are missing", "nowhere")
+
+
 def test_an_empty_set_is_fine(tmp_path):
     opened = open_shards(make_set(tmp_path / "data", (0,)))
     assert (len(opened.index), opened.starts.tolist()) == (0, [0, 0])
