@@ -1,0 +1,216 @@
+"""Whether the bytes that arrived are those that were written: headers' checksums, and the members' hashes from the shard's sidecar."""
+
+import io
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+import zstandard
+
+from loaders.fetch.blocks import Fault
+from shardify.errors import FormatError
+from shardify.format.headers import BLOCK, EXTENSIONS, parse_header
+from shardify.format.sidecar import numbers_of, read_sidecar
+from shardify.format.tar import padding, read_members, read_samples, split_name
+from shardify.format.zstd import decompress_frame
+
+IntArray = npt.NDArray[np.int64]
+_COUNTS = 2
+_OTHER_BYTES = "its bytes are not those that were written"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hashes:
+    """What a sidecar says of a shard's n samples and their m members, in the shard's order.
+
+    Attributes:
+        offsets: int64 [n], where each sample (in a compressed shard, its frame) begins.
+        sizes: int64 [n], its bytes.
+        ends: int64 [n + 1]; sample i has the members ends[i] .. ends[i + 1].
+        member_offsets: int64 [m], of the data, in the shard or, in a compressed one, in the decompressed frame.
+        member_sizes: int64 [m].
+        xxh3_64: uint64 [m].
+    """
+
+    offsets: IntArray
+    sizes: IntArray
+    ends: IntArray
+    member_offsets: IntArray
+    member_sizes: IntArray
+    xxh3_64: npt.NDArray[np.uint64]
+
+    @classmethod
+    def of_sidecar(cls, content: bytes | memoryview, *, where: str) -> Self:
+        """From a sidecar's bytes.
+
+        Raises:
+            FormatError: they are none.
+        """
+        table = read_sidecar(where, ["offset", "size", "members"], file=io.BytesIO(content))
+        members = [chunk for chunk in table["members"].chunks if len(chunk)]
+        values = [chunk.flatten() for chunk in members]
+        counts = [np.asarray(numbers_of(pa.chunked_array([chunk.value_lengths()]))) for chunk in members]
+        ends = np.zeros(len(table) + 1, np.int64)
+        np.cumsum(np.concatenate([*counts, np.zeros(0, np.int32)]), out=ends[1:])
+
+        def column(name: str, kind: pa.DataType) -> npt.NDArray[Any]:
+            return numbers_of(pa.chunked_array([value.field(name) for value in values], type=kind))
+
+        return cls(
+            numbers_of(table["offset"]),
+            numbers_of(table["size"]),
+            ends,
+            column("offset", pa.int64()),
+            column("size", pa.int64()),
+            column("xxh3_64", pa.uint64()),
+        )
+
+    def encode(self) -> bytes:
+        """As `decode` takes it: a third of the sidecar, and no Parquet to read."""
+        counts = np.array([len(self.offsets), len(self.xxh3_64)], np.int64)
+        return b"".join(
+            array.tobytes()
+            for array in (
+                counts,
+                self.offsets,
+                self.sizes,
+                self.ends,
+                self.member_offsets,
+                self.member_sizes,
+                self.xxh3_64,
+            )
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """What `encode` gave."""
+        words = np.frombuffer(data, np.int64)
+        samples, members = words[:_COUNTS].tolist()
+        cuts = np.cumsum([_COUNTS, samples, samples, samples + 1, members, members])
+        offsets, sizes, ends, places, lengths, hashes = np.split(words[: int(cuts[-1]) + members], cuts)[1:]
+        return cls(offsets, sizes, ends, places, lengths, hashes.view(np.uint64))
+
+    def count(self, begin: int, end: int) -> int:
+        """How many samples begin in [begin, end)."""
+        first, last = np.searchsorted(self.offsets, [begin, end]).tolist()
+        return int(last - first)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return (_COUNTS + 3 * len(self.offsets) + 1 + 3 * len(self.xxh3_64)) * 8
+
+
+def check(
+    data: memoryview, begin: int, hashes: Hashes | None, *, compressed: bool
+) -> tuple[int, list[Fault]]:
+    """Check bytes of a shard.
+
+    Args:
+        data: whole samples, or whole frames of a compressed shard.
+        begin: where they begin in the shard.
+        hashes: of the shard; None checks headers and lengths alone, and frames by the checksums they have in themselves.
+        compressed: whether the shard is a ``.tar.zst``.
+
+    Returns:
+        How many samples they hold, and what is wrong with them: each fault spans one sample or frame, or, without hashes, all from
+        the first fault on, since where the next sample begins is not known.
+    """
+    if hashes is None:
+        return _check_frames(data, begin) if compressed else _check_headers(data, begin)
+    first, last = np.searchsorted(hashes.offsets, [begin, begin + len(data)]).tolist()
+    starts = (hashes.offsets[first:last] - begin).tolist()
+    sizes = hashes.sizes[first:last].tolist()
+    ends = hashes.ends[first : last + 1].tolist()
+    low = ends[0]
+    places = hashes.member_offsets[low : ends[-1]].tolist()
+    lengths = hashes.member_sizes[low : ends[-1]].tolist()
+    expected = hashes.xxh3_64[low : ends[-1]].tolist()
+    faults: list[Fault] = []
+    frame: tuple[int, bytes | Fault] = (-1, b"")
+    for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        span = data[start : start + size]
+        mine = slice(ends[number] - low, ends[number + 1] - low)
+        fault = ""
+        if len(span) < size:
+            fault = "the shard ends inside it"
+        elif compressed:
+            if frame[0] != start:
+                frame = start, _frame(span, begin + start)
+            if isinstance(frame[1], Fault):
+                fault = frame[1].detail
+            else:
+                content = frame[1]
+                held = [
+                    xxhash.xxh3_64_intdigest(memoryview(content)[at : at + length])
+                    for at, length in zip(places[mine], lengths[mine], strict=True)
+                ]
+                fault = "" if held == expected[mine] else _OTHER_BYTES
+        else:
+            fault = _check_sample(span, lengths[mine], expected[mine])
+        if fault:
+            faults.append(Fault(begin + start, begin + start + size, fault))
+    return last - first, list(dict.fromkeys(faults))  # samples share frames
+
+
+def _check_sample(span: memoryview, lengths: list[int], expected: list[int]) -> str:
+    try:
+        _, members = read_members(span, where="the sample")
+    except FormatError as error:
+        return str(error)
+    if [len(data) for _, data in members] != lengths:
+        return _OTHER_BYTES
+    if [xxhash.xxh3_64_intdigest(data) for _, data in members] != expected:
+        return _OTHER_BYTES
+    return ""
+
+
+def _frame(span: memoryview, at: int) -> bytes | Fault:
+    try:
+        return decompress_frame(span, where="its frame")
+    except FormatError as error:
+        return Fault(at, at + len(span), str(error))
+
+
+def _check_headers(data: memoryview, begin: int) -> tuple[int, list[Fault]]:
+    samples = good = 0
+    try:
+        for _, members in read_samples(data, where="the sample"):
+            samples += 1
+            del members
+    except FormatError as error:
+        good = _good_until(data)
+        return samples, [Fault(begin + good, begin + len(data), str(error))]
+    return samples, []
+
+
+def _good_until(data: memoryview) -> int:
+    """Where the first sample that is not right begins: members are taken one by one, as far as they go."""
+    at = begin = 0
+    key = None
+    while (header := parse_header(data, at)) is not None:
+        name, size, kind = header
+        found = split_name(name)
+        if kind not in EXTENSIONS and found is not None and found[0] != key:
+            key, begin = found[0], at
+        at += BLOCK + size + padding(size)
+        if at >= len(data):
+            break
+    return begin
+
+
+def _check_frames(data: memoryview, begin: int) -> tuple[int, list[Fault]]:
+    at = 0
+    while at < len(data):
+        decompressor = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            decompressor.decompress(data[at:])
+        except zstandard.ZstdError as error:
+            return 0, [Fault(begin + at, begin + len(data), f"a damaged zstd frame ({error})")]
+        if not decompressor.eof:
+            return 0, [Fault(begin + at, begin + len(data), "a zstd frame that is cut off")]
+        at = len(data) - len(decompressor.unused_data)
+    return 0, []
