@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loaders.batching import FILLER, PlainBatches
+from loaders.batching import FILLER, Cursor, EpochView, PlainBatches
 from loaders.order import ORDER_VERSION, default_lanes, make_order
 from shardify.errors import UsageError
 
@@ -34,13 +34,18 @@ def orders(draw):
     )
 
 
+def planned(order, world, batch, rank, start=0):
+    """A rank's batches of an epoch taken up at `start`."""
+    batches = PlainBatches(global_batch_size=batch * world, rank=rank, world_size=world)
+    view = EpochView(order.length, lambda _: pytest.fail("plain batches need no lengths"), key=0)
+    return list(batches.batches(view, Cursor(start, start)))
+
+
 def epoch_of(order, epoch, world, batch, *, start=0, stop=None):
     """What each rank sees: a list over ranks of lists over batches of samples, fillers as -1."""
     ranks = []
     for rank in range(world):
-        batches = PlainBatches(order.length, batch * world, rank, world)
-        count = batches.count(start) if stop is None else min(stop, batches.count(start))
-        positions = [batches.positions(start, number) for number in range(count)]
+        positions = [plan.positions for plan in planned(order, world, batch, rank, start)[:stop]]
         flat = np.concatenate(positions) if positions else np.zeros(0, np.int64)
         samples = np.full_like(flat, FILLER)
         samples[flat >= 0] = order.samples(epoch, flat[flat >= 0])
@@ -69,10 +74,10 @@ def test_a_chain_of_resumes_under_other_worlds_completes_the_cover(order, epoch,
     position, seen = 0, []
     for _ in range(data.draw(st.integers(0, 4))):
         world, batch = data.draw(WORLDS), data.draw(BATCHES)
-        batches = PlainBatches(order.length, world * batch, 0, world)
-        steps = data.draw(st.integers(0, batches.count(position)))
+        batches = planned(order, world, batch, 0, position)
+        steps = data.draw(st.integers(0, len(batches)))
         seen += valid(epoch_of(order, epoch, world, batch, start=position, stop=steps))
-        position = batches.after(position, steps - 1) if steps else position
+        position = batches[steps - 1].after.position if steps else position
     seen += valid(epoch_of(order, epoch, data.draw(WORLDS), data.draw(BATCHES), start=position))
     assert sorted(seen) == list(range(order.length))
 
@@ -93,19 +98,6 @@ def test_global_batches_of_one_size_are_the_same_sets_for_every_world(order, epo
         for ranks in (one, split)
     ]
     assert as_sets[0] == as_sets[1]
-
-
-@given(length=st.integers(0, 3000), world=WORLDS, batch=BATCHES, start=st.integers(0, 3000))
-def test_drop_last_leaves_out_only_the_short_batch(length, world, batch, start):
-    start = min(start, length)
-    kept = PlainBatches(length, world * batch, world - 1, world, drop_last=True)
-    assert kept.count(start) == (length - start) // (world * batch)
-    for number in range(kept.count(start)):
-        positions = kept.positions(start, number)
-        assert len(positions) == batch
-        assert (positions % world == world - 1).all()
-    if kept.count(start):
-        assert kept.after(start, kept.count(start) - 1) == length
 
 
 @given(order=orders(), epoch=st.integers(0, 50), data=st.data())
@@ -164,12 +156,6 @@ def test_a_billion_samples_need_no_table():
 def test_wrong_arguments_are_named(wrong, named):
     with pytest.raises(UsageError, match=named):
         make_order(**{"length": 5, "shuffle": "block", "seed": 0, **wrong})
-
-
-@pytest.mark.parametrize(("rank", "world", "size"), [(2, 2, 4), (-1, 2, 4), (0, 0, 4), (0, 2, 3), (0, 2, 0)])
-def test_wrong_splits_are_named(rank, world, size):
-    with pytest.raises(UsageError):
-        PlainBatches(10, size, rank, world)
 
 
 @pytest.mark.parametrize(
