@@ -33,6 +33,7 @@ MAX_LISTED = 20_000_000
 
 _FAULTS_OF_A_FILE = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 _FAULTS_OF_A_FOLDER = (*_FAULTS_OF_A_FILE, errno.ENOENT, errno.ENOTDIR)
+_NO_NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)  # what no file of this file system can be called
 _THREADS = 32
 _TRIED = 64  # files asked for before the file system is judged
 _SLOW = 0.3e-3  # seconds a file, from which on many are asked for at a time
@@ -166,7 +167,7 @@ class FolderStore:
             except (FileNotFoundError, NotADirectoryError, UnicodeEncodeError):
                 sizes.append(_ABSENT)
             except OSError as error:
-                sizes.append(_ABSENT if error.errno == errno.ENAMETOOLONG else _UNSEEN)
+                sizes.append(_ABSENT if error.errno in _NO_NAMES else _UNSEEN)
             else:
                 sizes.append(found.st_size if stat.S_IFMT(found.st_mode) == regular else _ABSENT)
         return sizes

@@ -4,6 +4,7 @@ Pixels are resized exactly as CLIP's preprocessor does it (`PIL.Image.BICUBIC` w
 JPEG decoder; the long side rounded down), so that with the edge a model trains at, what it sees differs by the encoder's loss alone.
 """
 
+from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
@@ -97,7 +98,9 @@ def _options(image: Image.Image, kind: str, data: bytes | memoryview, quality: i
     options: dict[str, Any] = {}
     if profile := image.info.get("icc_profile"):
         options["icc_profile"] = profile
-    turned = image.getexif().get(_ORIENTATION, 1)
+    turned = 1
+    with suppress(Exception):  # damage in what only this looks at is no fault of the picture
+        turned = image.getexif().get(_ORIENTATION, 1)
     if turned in range(2, 9):
         exif = Image.Exif()
         exif[_ORIENTATION] = turned

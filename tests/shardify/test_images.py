@@ -1,6 +1,7 @@
 """Folders, zips and tars give the bytes that are in them, whatever is wrong with them."""
 
 import contextlib
+import errno
 import io
 import os
 import pickle
@@ -116,6 +117,15 @@ def test_a_file_that_cannot_be_opened_is_taken_from_a_later_place(tmp_path):
     assert (located.rows["store"].tolist(), located.codes) == ([0, stores.MISSING], ["", "image-missing"])
     with pytest.raises(ImageError, match="image-unreadable: Too many levels of symbolic links"):
         places[0].reader.read("a.jpg", Location(*located.rows[0].tolist()[:5]))
+
+
+@pytest.mark.parametrize("fault", [errno.EINVAL, errno.EILSEQ])
+def test_a_name_that_the_file_system_does_not_take_is_no_outage(tmp_path, fault):
+    def ask(path):
+        raise OSError(fault, os.strerror(fault), path)
+
+    located = Resolver([FolderStore(str(tmp_path), stat_file=ask)], [()]).locate(["a?.jpg"], 0)
+    assert located.codes == ["image-missing"]
 
 
 def make_zip(path, members, method=zipfile.ZIP_STORED):

@@ -115,6 +115,12 @@ def test_orientation_and_profile_stay(format_):
     assert image.info["icc_profile"] == profile
 
 
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_is_no_fault_of_the_picture(format_):
+    header, _ = shrunk(encoded(PHOTO.convert("RGB"), format_, exif=b"Exif\0\0II, but no directory"))
+    assert min(header.width, header.height) == 60
+
+
 def test_chroma_subsampling_and_quality():
     for subsampling in (0, 1, 2):
         data = encoded(PHOTO.convert("RGB"), "JPEG", subsampling=subsampling)
