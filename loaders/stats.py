@@ -279,3 +279,32 @@ def _over(count: float, by: float) -> float:
 
 _COUNTED = tuple(item.name for item in fields(Flow))
 _KINDS = tuple(int if item.type is int else float for item in fields(Flow))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceStats:
+    """What handing batches to a device has cost: `DevicePrefetcher.stats()`. Times are in seconds, over all batches handed out.
+
+    Attributes:
+        batches: handed out.
+        wait: of the host in ``next()``: for the loader, and for what follows.
+        moving: of this, on starting copies and normalisation; on the CPU, and with ``decode="nvjpeg"``, on the work itself.
+        device_wait: of the device's stream, for copies that were not complete when it came to them; of those known to be over.
+        images_on_device: decoded there.
+        images_on_host: decoded on the host with ``decode="nvjpeg"``, since nvJPEG is not for them.
+    """
+
+    batches: int
+    wait: float
+    moving: float
+    device_wait: float
+    images_on_device: int
+    images_on_host: int
+
+    def as_scalars(self, prefix: str = "device/") -> dict[str, float]:
+        """Plain numbers by name, for a logger.
+
+        Args:
+            prefix: of every name. Default ``device/``.
+        """
+        return {prefix + item.name: float(getattr(self, item.name)) for item in fields(self)}
