@@ -18,6 +18,7 @@ import xxhash
 
 from shardify.errors import FormatError, UsageError
 from shardify.format.headers import BLOCK
+from shardify.format.ids import same_id
 from shardify.format.manifest import PART, RECORDS, SHARDS, Manifest, Source, read_manifest
 from shardify.format.names import MANIFEST, TAR_ZST, is_image_field
 from shardify.format.shards import Shards, ShardSet, open_shards
@@ -25,7 +26,7 @@ from shardify.format.sidecar import read_sidecar
 from shardify.pack import ID_REPEATED, IMAGE_REPEATED
 from shardify.plan import planned_order
 from shardify.records import NO_ID
-from shardify.select import Filter, same_id
+from shardify.select import Filter
 from shardify.sources.llava import record_names
 
 SAMPLE_DTYPE = np.dtype(

@@ -17,15 +17,9 @@ import xxhash
 
 from shardify.convert import print_summary
 from shardify.errors import PackError, UsageError
-from shardify.exclude import (
-    EXCLUDED,
-    Exclusions,
-    read_exclusions,
-    report_hits,
-    report_left,
-    taken_by_name,
-)
+from shardify.exclude import report_hits, report_left, taken_by_name
 from shardify.format import names
+from shardify.format.exclude import EXCLUDED, Exclusions, read_exclusions
 from shardify.format.sidecar import SetAside
 from shardify.gather import (
     DataSet,
@@ -61,7 +55,7 @@ class ReshardOptions:
         multiple_of: round the shard count up to a multiple of this.
         where: take only samples that this filter means (see `shardify.select`).
         max_samples: take no more than this; shuffled, they are drawn at random, keyed by `seed`.
-        exclude: a file with ids, URLs and image hashes of samples that must not be taken (see `shardify.exclude`).
+        exclude: a file with ids, URLs and image hashes of samples that must not be taken (see `shardify.format.exclude`).
         shortest_edge: make pictures smaller whose shorter side has more pixels; None copies every image byte for byte.
         quality: of those, as JPEG and WebP count it.
         compress: ``zstd``, or None.

@@ -25,13 +25,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shardify.errors import UsageError
+from shardify.format.ids import same_id, spelled_ids
 
 MAX_CHARACTERS = 1_000_000
 """Of a filter's text: thousands of ids fit."""
 
 _MAX_DEPTH = 50
 _SMALL = 2**31  # of numbers up to this, sums, products and quotients in 64 bits are Python's
-_PLAIN_ID = r'^("[^"\\]*"|-?[0-9]+|null)$'  # equal texts are equal ids
 _SHOWN = 60
 
 _Bools: TypeAlias = npt.NDArray[np.bool_]
@@ -149,20 +149,6 @@ def parse_filter(text: str) -> Filter:
     condition = parser.condition(tree, 0)
     columns = frozenset(column for name in parser.names for column in COLUMNS[name][1])
     return Filter(text, columns, frozenset(parser.names), condition)
-
-
-def same_id(text: str | None) -> str:
-    """One spelling for ids that are equal, however they are escaped: JSON text; ``null`` for none."""
-    if text is None:
-        return "null"
-    if re.match(_PLAIN_ID, text):
-        return text
-    try:
-        plain = json.dumps(json.loads(text), ensure_ascii=False)
-        plain.encode()
-    except (ValueError, RecursionError):  # a lone surrogate stays as it is written
-        return text
-    return plain
 
 
 # --- from the text to operations
@@ -460,21 +446,10 @@ def _id(value: str | float | None) -> str:
 def _column(name: str, table: pa.Table) -> Any:
     kind, (column, *_), _ = COLUMNS[name]
     if kind is Kind.ID:
-        return _ids(table[column])
+        return spelled_ids(table[column])
     if column == "images":
         return _images(name, table[column])
     return _Numbers(table[column].to_numpy().astype(np.int64)) if kind is Kind.NUMBER else table[column]
-
-
-def _ids(column: pa.ChunkedArray) -> pa.Array:
-    ids = pc.fill_null(column, "null").combine_chunks()
-    odd = np.flatnonzero(~np.asarray(pc.match_substring_regex(ids, _PLAIN_ID), np.bool_))
-    if not len(odd):
-        return ids
-    spelled = ids.to_pylist()
-    for row in odd.tolist():
-        spelled[row] = same_id(spelled[row])
-    return pa.array(spelled, pa.string())
 
 
 def _images(name: str, column: pa.ChunkedArray) -> Any:

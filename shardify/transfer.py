@@ -16,8 +16,9 @@ import numpy.typing as npt
 import xxhash
 
 from shardify.errors import FormatError, ImageError, PackError, RecordError, SampleError
-from shardify.exclude import EXCLUDED, Exclusions, describe_lines
+from shardify.exclude import describe_lines
 from shardify.format import names
+from shardify.format.exclude import EXCLUDED, Exclusions
 from shardify.format.index import MAX_IMAGES, MAX_SIZE
 from shardify.format.sidecar import ImageInfo, SetAside
 from shardify.format.tar import ShardWriter, sample_span

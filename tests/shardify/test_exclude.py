@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardify.errors import SourceError
-from shardify.exclude import EXCLUDED, count_hits, describe_lines, read_exclusions, report_hits
+from shardify.exclude import count_hits, describe_lines, report_hits
+from shardify.format.exclude import EXCLUDED, read_exclusions
 from shardify.format.sidecar import SetAside
 
 IMAGE = b"the bytes of an image"
