@@ -10,6 +10,7 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn, TypeVar
@@ -64,7 +65,7 @@ def in_child(function: Callable[..., _T], *arguments: Any) -> _T:
         try:
             result, error = here.recv()
         except EOFError:
-            _, status = os.waitpid(child, 0)
+            status = _wait(child)
             ended = True
             raise PackError(
                 f"a helper process was ended {_how(status)} (out of memory?); the same command again continues"
@@ -72,8 +73,9 @@ def in_child(function: Callable[..., _T], *arguments: Any) -> _T:
     finally:
         here.close()
         if not ended:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            with suppress(ProcessLookupError):  # ended, and not kept for this process
+                os.kill(child, signal.SIGKILL)
+            _wait(child)
     if error is not None:
         raise error
     value: _T = result
@@ -107,6 +109,16 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
-def _how(status: int) -> str:
+def _wait(child: int) -> int | None:
+    """Its status, once it has ended; None where the kernel keeps none: who started this process had SIGCHLD ignored."""
+    try:
+        return os.waitpid(child, 0)[1]
+    except ChildProcessError:
+        return None
+
+
+def _how(status: int | None) -> str:
+    if status is None:
+        return "by something"
     code = os.waitstatus_to_exitcode(status)
     return f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"

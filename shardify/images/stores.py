@@ -41,6 +41,7 @@ ENCRYPTED = -2
 UNSEEN = -3
 LISTED = -4  # a file known by its place in the store's own listing: `offset` is that number
 SPARSE_FILE = -6  # a tar's member that is stored in pieces
+SYMBOLIC_LINK = -7  # a zip's member that holds a path; those of tars are followed
 MISSING = -1
 EXACT, BY_PREFIX, BY_SUFFIX, BY_STEM, AMBIGUOUS = range(5)
 STORED, DEFLATED = 0, 8  # as zips number them; a tar's members are STORED

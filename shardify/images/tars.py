@@ -5,6 +5,7 @@ ustar, GNU and PAX archives are read: long names, sizes of any length, hard and 
 
 import os
 import posixpath
+import re
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,7 +44,8 @@ _CHUNK = 65_536
 _LINKS_FOLLOWED = 8
 
 _HARD_LINK, _SYMBOLIC_LINK = b"1", b"2"
-_LINK = slice(157, 257)
+_NAME, _LINK, _PREFIX = slice(0, 100), slice(157, 257), slice(345, 500)
+_ESCAPED = re.compile(r"\\x([89a-f][0-9a-f])")
 _MAP_GOES_ON, _MAP_GOES_ON_AGAIN = 482, 504  # bytes of an old GNU sparse header, and of the blocks behind it
 
 
@@ -131,7 +133,7 @@ def _members(file: OpenFile, total: int, places: "array[int]", links: _Links) ->
     """The names of regular members, some at a time; offset, size and method of each are appended to `places`."""
     names: list[bytes] = []
     at, window_at, window = 0, 0, b""
-    extension = Extension()
+    extension, written = Extension(), b""
     while True:
         if not window_at <= at <= window_at + len(window) - BLOCK:
             window_at, window = at, file.read(_WINDOW, at)
@@ -150,6 +152,7 @@ def _members(file: OpenFile, total: int, places: "array[int]", links: _Links) ->
             data = file.read(min(size, MAX_EXTENSION_BYTES), begin)
             if len(data) < size or not extension.read(kind, data):
                 raise _Damaged(f"a long name or extended header at byte {at} is damaged or cut off")
+            written = data
             at = begin + size + -size % BLOCK
             continue
         sparse = kind == SPARSE or extension.sparse
@@ -161,18 +164,18 @@ def _members(file: OpenFile, total: int, places: "array[int]", links: _Links) ->
             raise _Damaged(
                 f"it is cut off: the member at byte {at} ends at byte {begin + size}, the file at byte {total}"
             )
-        name = _clean(extension.path or name)
+        name = _clean(_legible(extension.path or name, written + header[_NAME] + header[_PREFIX]))
         if name and (kind in REGULAR or sparse):
             names.append(name.encode("utf-8", "surrogatepass"))
             places.extend((begin, size, SPARSE_FILE if sparse else STORED))
         elif name and kind in (_HARD_LINK, _SYMBOLIC_LINK):
-            target = extension.link or as_text(header[_LINK])
+            target = _legible(extension.link or as_text(header[_LINK]), written + header[_LINK])
             symbolic = kind == _SYMBOLIC_LINK
             links.names.append(name)
             links.targets.append(_target(name, target, symbolic=symbolic))
             links.symbolic.append(symbolic)
             links.places.append(len(places) // 3)
-        extension = Extension()
+        extension, written = Extension(), b""
         at = begin + size + -size % BLOCK
         if len(names) >= _CHUNK:
             yield names
@@ -189,6 +192,17 @@ def _behind_sparse_map(file: OpenFile, begin: int) -> int:
         begin += BLOCK
         if not block[_MAP_GOES_ON_AGAIN]:
             return begin
+
+
+def _legible(name: str, written: bytes) -> str:
+    """A name whose bytes are no UTF-8, which are escaped, as the Latin-1 that they mostly are; `written` has these bytes."""
+    if "\\x" not in name:
+        return name
+    try:
+        written.decode()
+    except UnicodeError:
+        return _ESCAPED.sub(lambda escaped: chr(int(escaped[1], 16)), name)
+    return name
 
 
 def _clean(name: str) -> str:

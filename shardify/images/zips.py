@@ -6,6 +6,7 @@ headers (4.3.12), the zip64 extra field (4.5.3). Nothing is kept of a member but
 
 import os
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from shardify.images.stores import (
     LOCATION_DTYPE,
     READABLE_METHODS,
     STORED,
+    SYMBOLIC_LINK,
     Location,
     OpenFile,
     Stamp,
@@ -34,6 +36,8 @@ from shardify.images.stores import (
 
 _NAME_IS_UTF8 = 0x800  # general purpose bit 11
 _IS_ENCRYPTED = 0x1
+_UNIX = 3  # the system on which a member was stored; its file mode is then the upper half of the attributes
+_LINK_TYPE = stat.S_IFLNK >> 12
 _LOCAL_HEADER = 30
 _ENTRY = np.dtype(
     [
@@ -49,7 +53,8 @@ _ENTRY = np.dtype(
         ("extra", "<u2"),
         ("comment", "<u2"),
         ("disk", "<u2"),
-        ("attributes", "V6"),
+        ("internal", "<u2"),
+        ("attributes", "<u4"),
         ("offset", "<u4"),
     ]
 )
@@ -82,6 +87,10 @@ class ZipReader:
         offset, stored, size, crc, method = location
         if method == ENCRYPTED:
             raise ImageError("image-unreadable", "encrypted in its archive")
+        if method == SYMBOLIC_LINK:
+            raise ImageError(
+                "image-unreadable", "a symbolic link in its archive; zip without -y stores the file itself"
+            )
         if method not in READABLE_METHODS:
             raise ImageError(
                 "image-unreadable", f"compression method {method}; stored and deflated can be read"
@@ -257,6 +266,8 @@ def _rows(
     rows["method"] = np.where(
         entries["flags"] & _IS_ENCRYPTED, ENCRYPTED, np.minimum(entries["method"], 2**15 - 1)
     )
+    is_link = (entries["versions"] >> 8 & 0xFF == _UNIX) & (entries["attributes"] >> 28 == _LINK_TYPE)
+    rows["method"][is_link] = SYMBOLIC_LINK
     return rows
 
 

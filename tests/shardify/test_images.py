@@ -450,6 +450,33 @@ def test_links_in_a_tar_are_what_tar_would_extract(tmp_path, format_):
     assert locate(store, ["circle.jpg"]) == [None]
 
 
+@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+def test_names_in_tars_that_are_no_utf8_are_latin1(tmp_path, format_):
+    long = "é" * 90 + "/" + "ü" * 50 + ".jpg"  # in an extension, or partly in the prefix
+    names = ["café.jpg", long, "b\\xe9.jpg"]
+    with tarfile.open(tmp_path / "x.tar", "w", format=format_, encoding="latin-1") as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name))
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, names[0]
+        archive.addfile(link)
+    store = open_store(tmp_path / "x.tar")
+    assert [store.listed_name(number) for number in range(4)] == ["café.jpg", long, "b/xe9.jpg", "link.jpg"]
+
+
+def test_symbolic_links_in_zips_are_told(tmp_path):
+    link = zipfile.ZipInfo("b.jpg")
+    link.create_system, link.external_attr = 3, 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.jpg", JPEG)
+        archive.writestr(link, "a.jpg")
+    store = open_store(tmp_path / "x.zip")
+    located = Resolver([store], [()]).locate(["a.jpg", "b.jpg"], 0)
+    assert located.codes == ["", "image-unreadable"]
+    with pytest.raises(ImageError, match="image-unreadable: a symbolic link"):
+        store.reader.read("b.jpg", Location(*located.rows[1].tolist()[:5]))
+
+
 def test_hostile_names_in_archives_are_only_names(tmp_path):
     (tmp_path / "secret").write_bytes(b"secret")
     names = ["../secret", "/etc/passwd", "a/../../secret", "n" * 5000, "./././a.jpg", "b\\c.jpg"]

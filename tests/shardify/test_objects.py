@@ -467,6 +467,17 @@ def children():
     return {path.read_text() for path in Path("/proc/self/task").glob("*/children")}
 
 
+def test_a_child_whose_end_nobody_is_told_of():
+    """Whoever started this process may have had the signal ignored."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert child.in_child(pow, 2, 5) == 32
+        with pytest.raises(PackError, match="a helper process was ended by something"):
+            child.in_child(os._exit, 1)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_a_child_is_ended_with_its_parents_patience():
     began, before_it = time.monotonic(), children()
 
