@@ -6,6 +6,7 @@ which gives out `LoaderStats`. Clocks always run: a batch costs a few microsecon
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from operator import add, sub
 from typing import Any, NamedTuple
@@ -224,63 +225,6 @@ class LoaderStats:
         return ", ".join(filter(None, parts))
 
 
-class StatsRecorder:
-    """Adds up what the batches handed out have taken; in the main process."""
-
-    def __init__(self) -> None:
-        self._began: float | None = None
-        self._totals: list[float] = [0] * len(_COUNTED)
-        self._snapshots: deque[list[float]] = deque(maxlen=_SNAPSHOTS)
-        self._plan = 0.0
-        self._starts = 0
-
-    def add(self, stats: BatchStats, *, waited: float, ready: int, overflowed: bool = False) -> None:
-        """A batch is handed out.
-
-        Args:
-            stats: of the worker that built it.
-            waited: seconds from asking for it until it was there.
-            ready: batches that were ready when it was asked for.
-            overflowed: whether its pixels lie in ordinary memory for want of a slab.
-        """
-        now = time.perf_counter()
-        if self._began is None:
-            self._began = now - waited
-            self._snapshots.append(list(self._totals))
-        # what follows in `Flow`; the last three are set, not added up
-        main = (1, waited, ready, overflowed, 0, 0, 0)
-        self._totals = list(map(add, self._totals, stats + main))
-        self._totals[-3:] = self._plan, max(self._starts - 1, 0), now - self._began
-        if self._totals[-1] - self._snapshots[-1][-1] >= _SNAPSHOT_EVERY:
-            self._snapshots.append(self._totals)
-
-    def planned(self, seconds: float) -> None:
-        """Time was spent on planning."""
-        self._plan += seconds
-
-    def started(self) -> None:
-        """Workers were started; all but the first time it is a restart."""
-        self._starts += 1
-
-    def stats(self) -> LoaderStats:
-        """The figures up to the last batch handed out."""
-        oldest = self._snapshots[0] if self._snapshots else self._totals
-        return LoaderStats(_flow(self._totals), _flow(list(map(sub, self._totals, oldest))))
-
-
-def _flow(counts: list[float]) -> Flow:
-    values: Any = (kind(count) for kind, count in zip(_KINDS, counts, strict=True))
-    return Flow(*values)
-
-
-def _over(count: float, by: float) -> float:
-    return count / by if by > 0 else 0.0
-
-
-_COUNTED = tuple(item.name for item in fields(Flow))
-_KINDS = tuple(int if item.type is int else float for item in fields(Flow))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceStats:
     """What handing batches to a device has cost: `DevicePrefetcher.stats()`. Times are in seconds, over all batches handed out.
@@ -308,3 +252,78 @@ class DeviceStats:
             prefix: of every name. Default ``device/``.
         """
         return {prefix + item.name: float(getattr(self, item.name)) for item in fields(self)}
+
+
+class StatsRecorder:
+    """Adds up what the batches handed out have taken; in the main process."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._totals: list[float] = [0] * len(_COUNTED)
+        self._snapshots: deque[list[float]] = deque(maxlen=_SNAPSHOTS)
+        self._shared: dict[str, int] = {}
+        self._plan = 0.0
+        self._starts = 0
+
+    def add(self, stats: BatchStats, *, waited: float, ready: int, overflowed: bool = False) -> None:
+        """A batch is handed out.
+
+        Args:
+            stats: of the worker that built it.
+            waited: seconds from asking for it until it was there.
+            ready: batches that were ready when it was asked for.
+            overflowed: whether its pixels lie in ordinary memory for want of a slab.
+        """
+        now = time.perf_counter()
+        if self._began is None:
+            self._began = now - waited
+            self._snapshots.append(list(self._totals))
+        # what follows in `Flow`; the last three are set, not added up
+        main = (1, waited, ready, overflowed, 0, 0, 0)
+        self._totals = list(map(add, self._totals, stats + main))
+        self._totals[-3:] = self._plan, max(self._starts - 1, 0), now - self._began
+        if self._totals[-1] - self._snapshots[-1][-1] >= _SNAPSHOT_EVERY:
+            self._snapshots.append(self._totals)
+
+    def counted(self, counts: Mapping[str, int]) -> None:
+        """Take over what the processes of a rank count together: `FetchCounters.snapshot`.
+
+        Args:
+            counts: ``requests``, ``retries``, ``bytes_fetched`` and ``hits`` so far; what is missing is left as it is. They may begin anew.
+        """
+        self._totals = list(self._totals)  # snapshots are lists that were totals
+        for name, place in _SHARED.items():
+            before = self._shared.get(name, 0)
+            count = counts.get(name, before)
+            self._totals[place] += count - before if count >= before else count
+        self._shared |= counts
+
+    def planned(self, seconds: float) -> None:
+        """Time was spent on planning."""
+        self._plan += seconds
+
+    def started(self) -> None:
+        """Workers were started; all but the first time it is a restart."""
+        self._starts += 1
+
+    def stats(self) -> LoaderStats:
+        """The figures up to the last batch handed out."""
+        oldest = self._snapshots[0] if self._snapshots else self._totals
+        return LoaderStats(_flow(self._totals), _flow(list(map(sub, self._totals, oldest))))
+
+
+def _flow(counts: list[float]) -> Flow:
+    values: Any = (kind(count) for kind, count in zip(_KINDS, counts, strict=True))
+    return Flow(*values)
+
+
+def _over(count: float, by: float) -> float:
+    return count / by if by > 0 else 0.0
+
+
+_COUNTED = tuple(item.name for item in fields(Flow))
+_SHARED = {
+    name: _COUNTED.index("cache_hits" if name == "hits" else name)
+    for name in ("requests", "retries", "bytes_fetched", "hits")
+}
+_KINDS = tuple(int if item.type is int else float for item in fields(Flow))

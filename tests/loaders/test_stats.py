@@ -97,6 +97,20 @@ def test_what_batches_took_is_added_up(clock):
     assert {type(getattr(total, name)) for name in ("samples", "batches", "overflowed", "restarts")} == {int}
 
 
+def test_counters_of_all_processes_are_taken_over(clock):
+    recorder = StatsRecorder()
+    for requests, hits in [(3, 10), (5, 10), (1, 4)]:  # the last are those of a new run
+        clock.now += 20.0
+        recorder.counted({"requests": requests, "hits": hits, "bytes_fetched": 7 * requests, "waits": 99})
+        recorder.add(BatchStats(samples=1, retries=1), waited=0.0, ready=0)
+    found = recorder.stats()
+    counts = (found.total.requests, found.total.cache_hits, found.total.bytes_fetched, found.total.retries)
+    assert counts == (6, 14, 42, 3)
+    recorder.counted({"requests": 9, "hits": 4})
+    assert recorder.stats().total.requests == 14
+    assert (found.total.requests, found.recent.samples) == (6, 3)
+
+
 def test_recent_figures_forget(clock):
     recorder = StatsRecorder()
     for step in range(100):  # 4 batches a second; the second half is twice as large, and fetches
