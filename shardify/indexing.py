@@ -3,13 +3,14 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 
 import shardify.format.scan  # noqa: F401 - before processes are forked that need it
 from shardify.errors import FormatError, UsageError
 from shardify.format.dali import write_dali
 from shardify.format.energon import write_energon
-from shardify.format.shards import Shards, build_sidecar, find_sidecars, select_shards
+from shardify.format.shards import Shards, find_sidecars, scan_foreign, select_shards, write_scanned
 from shardify.processes import Ended, each_in_process
 from shardify.progress import Progress
 
@@ -18,6 +19,16 @@ FORMATS = ("parquet", "energon", "dali")
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+@cache
+def _writer() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "write")
+
+
+def _build(path: str) -> str | Future[str]:
+    """A thread writes one sidecar while the next shard is scanned; this process is watched, and may map files."""
+    return _writer().submit(write_scanned, path, scan_foreign(path, mapped=True))
 
 
 def index_shards(
@@ -45,13 +56,11 @@ def index_shards(
     if format not in FORMATS:
         raise UsageError(f"index format {format!r}; there are {', '.join(FORMATS)}")
     selections = select_shards(shards)
-    cores = len(os.sched_getaffinity(0))
-    processes = workers or cores
+    processes = workers or len(os.sched_getaffinity(0))
 
     def build(paths: Sequence[str]) -> Iterator[str]:
         with Progress("indexing", total=len(paths), unit="shards") as progress:
-            build_one = partial(build_sidecar, ahead=processes < cores)
-            results = each_in_process(build_one, paths, workers=processes)
+            results = each_in_process(_build, paths, workers=processes)
             for path, result in zip(paths, results, strict=True):
                 if isinstance(result, Ended):
                     raise FormatError(

@@ -1,18 +1,26 @@
-"""Independent pieces of work, each done by a process of its own: what damaged files do to the libraries that read them stays there."""
+"""Independent pieces of work, done by processes that somebody watches: what damaged files do to the libraries that read them stays there."""
 
+import gc
 import multiprocessing
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
+from threading import Lock
 from typing import TypeVar
 
-from shardify.engines.local import die_with, start_worker
+from shardify.engines.local import die_with, rare_collections, start_worker
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+_SWITCH = 5e-4  # seconds: a thread that makes a result waits for the interpreter a dozen times
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,63 +30,137 @@ class Ended:
     status: int
 
 
+@dataclass(slots=True)
+class _Worker:
+    """A process; `items` are the numbers of those that it has no result of yet, `alone` says that it gets one only."""
+
+    process: ForkProcess
+    alone: bool
+    free: bool = True
+    items: list[int] = field(default_factory=list)
+
+
 def each_in_process(
-    work: Callable[[_Item], _Result], items: Sequence[_Item], *, workers: int
+    work: Callable[[_Item], _Result | Future[_Result]], items: Sequence[_Item], *, workers: int
 ) -> Iterator[_Result | Ended]:
     """``work(item)`` of each item in order, `workers` at a time, in forked processes.
 
-    Closing the iterator, or an error, ends the processes that still run.
+    A process works on one item after another. When `work` gives it a future, it goes on with the next item meanwhile. When it ends, what it
+    was at is done once more, each item by a process of its own, so that the one to blame is known.
+
+    Closing the iterator ends the processes that still run.
 
     Raises:
         Exception: what `work` raised.
     """
-    method = multiprocessing.get_context("fork")
-    waiting = deque(enumerate(items))
-    running: dict[Connection, tuple[int, ForkProcess]] = {}
+    waiting, suspects = deque(range(len(items))), deque[int]()
+    pool: dict[Connection, _Worker] = {}
     done: dict[int, _Result | Exception | Ended] = {}
     following = 0
     try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                number, item = waiting.popleft()
-                here, there = method.Pipe(duplex=False)
-                process = method.Process(target=_work, args=(there, work, item, os.getpid()), daemon=True)
-                start_worker(process)
-                there.close()
-                running[here] = number, process
-            for connection in wait(list(running)):
-                assert isinstance(connection, Connection)
-                number, process = running.pop(connection)
-                done[number] = _receive(connection, process)
+        while following < len(items):
+            while (suspects or waiting) and len(pool) < workers:
+                here, worker = _start(work, alone=bool(suspects))
+                pool[here] = worker
+                _give(here, worker, items, suspects or waiting)
+            for here, worker in pool.items():
+                if worker.free and waiting:
+                    _give(here, worker, items, waiting)
+            for ready in wait(list(pool)):
+                assert isinstance(ready, Connection)
+                here, worker = ready, pool[ready]
+                try:
+                    message: tuple[int, _Result | Exception] | None = here.recv()
+                except (EOFError, ConnectionResetError):
+                    _end(here, pool.pop(here))
+                    if not worker.alone:
+                        suspects += worker.items
+                    else:
+                        done[worker.items[0]] = Ended(worker.process.exitcode or 0)
+                    continue
+                if message is None:
+                    worker.free = not worker.alone
+                    continue
+                number, done[number] = message
+                worker.items.remove(number)
+                if worker.alone:
+                    _end(here, pool.pop(here))
             while following in done:
                 result = done.pop(following)
                 if isinstance(result, Exception):
+                    # what others have begun they finish: files that were being written would be left behind
+                    for here, worker in pool.items():
+                        _end(here, worker)
+                    pool.clear()
                     raise result
                 yield result
                 following += 1
     finally:
-        for connection, (_, process) in running.items():
-            process.kill()
-            process.join()
-            connection.close()
+        for here, worker in pool.items():
+            worker.process.kill()
+            _end(here, worker)
 
 
-def _work(connection: Connection, work: Callable[[_Item], _Result], item: _Item, parent: int) -> None:
+def _start(work: Callable[[_Item], _Result | Future[_Result]], *, alone: bool) -> tuple[Connection, _Worker]:
+    method = multiprocessing.get_context("fork")
+    here, there = method.Pipe()
+    process = method.Process(target=_work, args=(here, there, work, os.getpid()), daemon=True)
+    start_worker(process)
+    there.close()
+    return here, _Worker(process, alone)
+
+
+def _give(connection: Connection, worker: _Worker, items: Sequence[object], numbers: deque[int]) -> None:
+    """One more item; when the process has ended, receiving from it says so."""
+    number = numbers.popleft()
+    worker.items.append(number)
+    worker.free = False
+    with suppress(BrokenPipeError):
+        connection.send((number, items[number]))
+
+
+def _end(connection: Connection, worker: _Worker) -> None:
+    """Let a process finish what it is at, if it lives; told in words, for others that were forked later hold its connection open."""
+    with suppress(OSError):
+        connection.send(None)
+    connection.close()
+    worker.process.join()
+
+
+def _work(
+    parents: Connection,
+    connection: Connection,
+    work: Callable[[_Item], _Result | Future[_Result]],
+    parent: int,
+) -> None:
     die_with(parent)
-    try:
-        result: _Result | Exception = work(item)
-    except Exception as error:  # noqa: BLE001 - raised again by the parent
-        result = error
-    connection.send(result)
+    parents.close()
+    gc.freeze()  # what was there before the fork is no garbage, and stays shared
+    sys.setswitchinterval(_SWITCH)
+    sending = Lock()
 
+    def send(message: tuple[int, _Result | Exception] | None) -> None:
+        with sending, suppress(BrokenPipeError):  # nobody waits for it any more
+            connection.send(message)
 
-def _receive(connection: Connection, process: ForkProcess) -> "_Result | Exception | Ended":
-    try:
-        result: _Result | Exception = connection.recv()
-    except (EOFError, ConnectionResetError):
-        process.join()
-        return Ended(process.exitcode or 0)
-    finally:
-        connection.close()
-    process.join()
-    return result
+    def finished(number: int, future: "Future[_Result]") -> None:
+        error = future.exception()
+        assert error is None or isinstance(error, Exception)
+        send((number, error or future.result()))
+
+    with rare_collections():
+        while True:
+            message = connection.recv()
+            if message is None:
+                return
+            number, item = message
+            try:
+                result = work(item)
+            except Exception as error:  # noqa: BLE001 - raised again by the parent
+                send((number, error))
+            else:
+                if isinstance(result, Future):
+                    result.add_done_callback(partial(finished, number))
+                else:
+                    send((number, result))
+            send(None)

@@ -12,7 +12,8 @@ is a record of that image.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -84,6 +85,15 @@ class Sample:
     strict: bool
 
 
+class Measured(NamedTuple):
+    """What a shard's index tells of a record: see `Sample`; `turns` is how many there are."""
+
+    id: str | None
+    turns: int
+    words: int
+    strict: bool
+
+
 class _Turn(msgspec.Struct):
     role: str = msgspec.field(name="from")
     value: str
@@ -104,6 +114,8 @@ class _Record(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(_Record)
+_media = attrgetter(*_VIDEO_FIELDS, *_AUDIO_FIELDS)
+_NO_MEDIA = (None,) * len(_VIDEO_FIELDS + _AUDIO_FIELDS)
 
 
 def parse_record(data: bytes | memoryview, *, outline: bool = False) -> Sample:
@@ -140,6 +152,32 @@ def parse_record(data: bytes | memoryview, *, outline: bool = False) -> Sample:
         words=sum([len(turn.value.split()) for turn in turns]),
         strict=True,
     )
+
+
+def measure_record(data: bytes | memoryview) -> Measured:
+    """What an index tells of a record, as `parse_record` would read it, in half the time where the record is as usual.
+
+    Raises:
+        RecordError: as `parse_record`.
+    """
+    if len(data) <= MAX_RECORD_BYTES:
+        try:
+            record = _decoder.decode(str(data, "utf-8"))
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            data = bytes(data)
+            if b"conversations" not in data and b"\\u" not in data:  # the name may be written in escapes
+                raise RecordError("no-conversations", "no field 'conversations'") from None
+        else:
+            image, turns = record.image, record.conversations
+            pictured = isinstance(image, str) and image[-3:] in _USUAL_ENDS
+            if turns and (pictured or (not image and _media(record) == _NO_MEDIA)):
+                words = 0
+                for turn in turns:
+                    words += len(turn.value.split())
+                id_ = bytes(record.id)
+                return Measured(id_.decode() if id_ else None, len(turns), words, True)
+    sample = parse_record(data)
+    return Measured(sample.id, len(sample.turns), sample.words, sample.strict)
 
 
 def load_record(data: bytes | memoryview) -> dict[str, Any]:

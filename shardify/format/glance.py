@@ -1,4 +1,4 @@
-"""Many tar headers at once: what most shards consist of, read with numpy instead of one by one.
+"""Many tar headers at once: what most shards consist of, followed from one to the next and then checked together by numpy.
 
     [header of a file][data] ...        or        [PAX header: times and the like][its records][header of a file][data] ...
 
@@ -6,77 +6,108 @@ Only what is plainly that is taken, as far as it goes without a break; everythin
 what to say about it.
 """
 
-from collections.abc import Iterable
-from typing import TypeAlias
+import struct
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from shardify.format.headers import BLOCK, as_text, says_nothing
 
-Glanced: TypeAlias = tuple[str, int, int, int]
-"""A file: its name, where its first header begins, where its data begins, and its size; from the begin of the view."""
+MOST_HEADERS = 1024
+"""Checked together: what stays in the processor's cache."""
+
+
+class Glanced(NamedTuple):
+    """Files, in order: the name of each, where its first header begins, where its data begins, and its size; from the begin of the view."""
+
+    names: list[str]
+    begins: list[int]
+    starts: list[int]
+    sizes: list[int]
+
+
+NOTHING = Glanced([], [], [], [])
 
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-_USTAR = int.from_bytes(b"usta", "little")
-_MAGIC, _NAME, _SIZE, _CHECKSUM, _KIND, _PREFIX = (
-    257,
-    slice(0, 100),
-    slice(124, 135),
-    slice(148, 154),
-    156,
-    345,
-)
+# size, type, magic
+_NEXT = struct.Struct("124x11s21xc100x5s250x")
+_MAGIC = b"ustar"
+_NAME, _SIZE, _CHECKSUM, _KIND, _PREFIX = slice(0, 100), slice(124, 135), slice(148, 154), 156, 345
 _REGULAR, _PAX = b"0x"
 _WEIGHTS = 8.0 ** np.arange(11)[::-1]
 _LANES = np.uint64(0x00FF00FF00FF00FF)
+_ADDED = 128  # headers at a time: of a few pages each, all operands stay in the innermost cache
 
 
-def glance(view: memoryview) -> tuple[Iterable[Glanced], int]:
-    """The files that a view of a tar begins with, as far as they lie in it wholly, and where they end.
+def glance(view: memoryview) -> tuple[Glanced, int]:
+    """The files that a view of a tar begins with, as far as they lie in it wholly, up to `MOST_HEADERS`, and where they end.
 
     Args:
         view: from a header on.
     """
-    count = len(view) // BLOCK
-    blocks = np.frombuffer(view, np.uint8, count * BLOCK).reshape(count, BLOCK)
-    magics = np.ndarray(count, "<u4", blocks, _MAGIC, (BLOCK,))
-    places = np.flatnonzero(magics == _USTAR)
+    followed, end = _follow(view)
+    if not followed:
+        return NOTHING, 0
+    blocks = np.frombuffer(view, np.uint8, len(view) // BLOCK * BLOCK).reshape(-1, BLOCK)
+    places = np.array(followed)
     heads = blocks[places]
     sizes, good = _octal(heads, _SIZE)
     sums, readable = _octal(heads, _CHECKSUM)
     stated = sums - 8 * 0x20 + heads[:, 148:156].sum(axis=1, dtype=np.int64)
     kinds = heads[:, _KIND]
     pax = kinds == _PAX
-    good &= readable & (heads[:, _MAGIC + 4] == ord("r")) & (_sums(heads) == stated)
+    good &= readable & (_sums(heads) == stated)
     good &= ((kinds == _REGULAR) & (heads[:, _PREFIX] == 0)) | (pax & (sizes <= BLOCK))
     # each stands where the one before says; a PAX header belongs to a file
     ends = places + 1 + (sizes + BLOCK - 1) // BLOCK
-    good &= places == np.concatenate(([0], ends[:-1]))
+    good[1:] &= places[1:] == ends[:-1]
     good[:-1] &= ~pax[:-1] | ~pax[1:]
-    good &= ends <= count
-    taken = int(np.argmin(good)) if not good.all() else len(good)
+    good[-1] &= ends[-1] == end
+    taken = len(good) if good.all() else int(np.argmin(good))
+    taken = _saying_nothing(blocks, places[:taken], sizes[:taken], pax[:taken])
     if taken and pax[taken - 1]:
         taken -= 1
     if not taken:
-        return (), 0
-    places, heads, sizes, pax = places[:taken], heads[:taken], sizes[:taken], pax[:taken]
-    if pax.any() and not says_nothing(blocks[places[pax] + 1, : sizes[pax].max()].tobytes()):
-        return (), 0
-    files = ~pax
-    begins = places.copy()
-    begins[1:] = np.where(pax[:-1], places[:-1], places[1:])
-    return (
-        zip(
-            _texts(heads[files, _NAME]),
-            (begins[files] * BLOCK).tolist(),
-            ((places[files] + 1) * BLOCK).tolist(),
-            sizes[files].tolist(),
-            strict=True,
-        ),
-        int(ends[taken - 1]) * BLOCK,
-    )
+        return NOTHING, 0
+    places, sizes, begins, files = places[:taken], sizes[:taken], places[:taken].copy(), ~pax[:taken]
+    begins[1:] = np.where(pax[: taken - 1], places[:-1], places[1:])
+    places, sizes, begins, names = places[files], sizes[files], begins[files], heads[:taken, _NAME][files]
+    found = Glanced(_texts(names), (begins * BLOCK).tolist(), ((places + 1) * BLOCK).tolist(), sizes.tolist())
+    return found, int(ends[taken - 1]) * BLOCK
+
+
+def _follow(view: memoryview) -> tuple[list[int], int]:
+    """The numbers of the blocks that seem to be headers, from one to the next, and of the block where the last one's data ends."""
+    places: list[int] = []
+    unpack, magic, append, count = _NEXT.unpack_from, _MAGIC, places.append, len(view) // BLOCK
+    place = 0
+    try:
+        while place < count and len(places) < MOST_HEADERS:
+            digits, _, found = unpack(view, place * BLOCK)
+            following = place + 1 + (int(digits, 8) + BLOCK - 1) // BLOCK
+            if found != magic or following > count:
+                break
+            append(place)
+            place = following
+    except ValueError:
+        pass  # no octal digits
+    return places, place
+
+
+def _saying_nothing(
+    blocks: _Bytes, places: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], pax: npt.NDArray[np.bool_]
+) -> int:
+    """How many headers there are before the first PAX header that says more than times and the like."""
+    if pax.any():
+        records = blocks[places[pax] + 1, : sizes[pax].max()]
+        if not says_nothing(records.tobytes()):
+            silent = [says_nothing(record.tobytes()) for record in records]
+            # seen together, the end of one and the begin of the next may look like a word
+            if not all(silent):
+                return int(np.flatnonzero(pax)[silent.index(False)])
+    return len(places)
 
 
 def _texts(names: _Bytes) -> list[str]:
@@ -84,8 +115,11 @@ def _texts(names: _Bytes) -> list[str]:
     cut: list[bytes] = (
         np.ascontiguousarray(names).view(f"S{names.shape[1]}").ravel().tolist()
     )  # without NULs at their ends
-    if 0 in b"".join(cut):
+    joined = b"\n".join(cut)
+    if 0 in joined:
         return [as_text(name) for name in cut]
+    if joined.isascii() and joined.count(b"\n") == len(cut) - 1:
+        return joined.decode("ascii").split("\n")
     return [name.decode("utf-8", "backslashreplace") for name in cut]
 
 
@@ -99,8 +133,13 @@ def _octal(heads: _Bytes, field: slice) -> tuple[npt.NDArray[np.int64], npt.NDAr
 
 def _sums(heads: _Bytes) -> npt.NDArray[np.int64]:
     """The sum of the 512 bytes of each header: four sums side by side in one integer of 64 bits, of 128 bytes each."""
-    eights = heads.view(np.uint64)
-    lanes = ((eights & _LANES) + (eights >> np.uint64(8) & _LANES)).sum(axis=1)
+    lanes = np.empty(len(heads), np.uint64)
+    for at in range(0, len(heads), _ADDED):
+        eights = heads[at : at + _ADDED].view(np.uint64)
+        odd = eights >> np.uint64(8)
+        odd &= _LANES
+        odd += eights & _LANES
+        odd.sum(axis=1, out=lanes[at : at + _ADDED])
     total = lanes & np.uint64(0xFFFF)
     for shift in (16, 32, 48):
         total += lanes >> np.uint64(shift) & np.uint64(0xFFFF)

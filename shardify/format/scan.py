@@ -5,7 +5,6 @@ The file is read once, front to back, in blocks that stay in the processor's cac
 
 import os
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
@@ -16,13 +15,13 @@ import numpy.typing as npt
 
 from shardify.errors import FormatError, ImageError, RecordError
 from shardify.format.hashing import hash_file
+from shardify.format.mapped import MappedWindow
 from shardify.format.names import RECORD_FIELD, TAR_ZST, is_image_field
 from shardify.format.sidecar import ShardInfo, SidecarBuilder
-from shardify.format.tar import padding
-from shardify.format.walk import Entry, FileWindow, FrameWindow, walk
+from shardify.format.walk import FileWindow, FrameWindow, Run, walk
 from shardify.format.zstd import read_frame, read_seek_table
-from shardify.images.probe import probe
-from shardify.records import Sample, parse_record
+from shardify.images.probe import measure_image
+from shardify.records import Measured, measure_record
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +33,7 @@ class ScannedShard:
     info: ShardInfo
 
 
-def scan_shard(path: str | os.PathLike[str], *, name: str, ahead: bool = False) -> ScannedShard:
+def scan_shard(path: str | os.PathLike[str], *, name: str, mapped: bool = False) -> ScannedShard:
     """Index a shard: neighbouring members of one key are a sample, as for webdataset.
 
     Old V7, ustar, GNU and PAX tars are read, long names too; ``.tar.zst`` when it has a seek table and no sample is divided between frames.
@@ -45,7 +44,7 @@ def scan_shard(path: str | os.PathLike[str], *, name: str, ahead: bool = False) 
     Args:
         path: the shard.
         name: what the sidecar names as source.
-        ahead: have a thread read ahead: faster when there is a core to spare.
+        mapped: map the file into memory, which takes half the time. When it is cut meanwhile, SIGBUS ends the process.
 
     Raises:
         FormatError: it is no tar, damaged or cut off (with the byte where), or a sample has two members of one name.
@@ -57,7 +56,7 @@ def scan_shard(path: str | os.PathLike[str], *, name: str, ahead: bool = False) 
             if where.endswith(TAR_ZST):
                 digest = _scan_frames(file, rows, where)
             else:
-                digest = _scan_tar(file, rows, where, ahead=ahead)
+                digest = _scan_tar(file, rows, where, mapped=mapped)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise FormatError(f"{where}: cannot be read ({error.strerror or error})") from None
@@ -68,11 +67,15 @@ def scan_shard(path: str | os.PathLike[str], *, name: str, ahead: bool = False) 
     )
 
 
-def _scan_tar(file: FileIO, rows: "_Rows", where: str, *, ahead: bool) -> str:
-    with FileWindow(file, ahead=ahead) as window:
-        rows.add(walk(window, where))
-        rows.end()
-        return window.digest.hexdigest()
+def _scan_tar(file: FileIO, rows: "_Rows", where: str, *, mapped: bool) -> str:
+    window = MappedWindow(file) if mapped else FileWindow(file)
+    try:
+        for run in walk(window, where):
+            rows.add(run)
+    finally:
+        window.close()
+    rows.end()
+    return window.digest.hexdigest()
 
 
 def _scan_frames(file: FileIO, rows: "_Rows", where: str) -> str:
@@ -89,18 +92,13 @@ def _scan_frames(file: FileIO, rows: "_Rows", where: str) -> str:
         if marked and any(content):
             raise FormatError(f"{where}: more follows the end-of-archive mark, in the frame at byte {at}")
         window = FrameWindow(content)
-        divided = rows.key
-        for entry in walk(window, f"{where}: frame at byte {at}"):
-            key = entry[0]
-            if key == divided:
+        for count, run in enumerate(walk(window, f"{where}: frame at byte {at}")):
+            if not count and run.keys[0] == rows.key:
                 raise FormatError(
-                    f"{where}: sample {key!r} is divided between frames, the second at byte {at}; "
+                    f"{where}: sample {rows.key!r} is divided between frames, the second at byte {at}; "
                     f"`zstd -d {os.path.basename(where)}` makes a tar of it, which can be indexed"
                 )
-            if key != rows.key:
-                rows.begin(key, at, end - at)
-            divided = None
-            rows.add((entry,))
+            rows.add(run, frame=(at, end - at))
         marked |= window.marked
     rows.end()
     if not marked:
@@ -109,71 +107,71 @@ def _scan_frames(file: FileIO, rows: "_Rows", where: str) -> str:
 
 
 class _Rows:
-    """The rows as they become complete."""
+    """The rows as they become complete.
+
+    Attributes:
+        key: of the sample whose row is not complete yet; None when there is none.
+    """
 
     def __init__(self, where: str, source: str) -> None:
         self._where = where
         self._source = source
-        self._begin = self._size = self._end = 0
+        # of the row that is not complete yet
         self._fields: set[str] = set()
-        self._sample: Sample | None = None
+        self._begin = self._end = 0
+        self._frame: tuple[int, int] | None = None
+        self._record: Measured | None = None
+        self._members = 0  # up to its end
         self.key: str | None = None
         self.builder = SidecarBuilder()
         self.spans = array("q")
         self.tolerant: list[int] = []
 
-    def begin(self, key: str, offset: int, size: int = 0) -> None:
-        """End a row and begin the next: its sample's key, where it begins, and how long it is where that is known (a frame)."""
-        self.end()
-        self.key, self._begin, self._size = key, offset, size
-        self._fields.clear()
-        self._sample = None
-
-    def add(self, entries: Iterable[Entry]) -> None:
-        """Add members of this sample, and of those that follow."""
-        fields, add_member = self._fields, self.builder.add_member
-        for key, field, begin, offset, size, data, digest in entries:
-            if key != self.key:
-                self.begin(key, begin)
-            if field in fields:
+    def add(self, run: Run, *, frame: tuple[int, int] | None = None) -> None:
+        """Add members of this sample, and of those that follow; `frame` is where they lie and how many bytes, in a compressed shard."""
+        fields, key, before = self._fields, self.key, self._members
+        self.builder.add_members(run.fields, run.offsets, run.sizes, run.digests)
+        for number, (this, field, data) in enumerate(zip(run.keys, run.fields, run.data, strict=True)):
+            if this != key:
+                if number:
+                    self._members, self._end = before + number, run.end(number - 1)
+                self.end()
+                self.key = key = this
+                self._begin, self._frame = run.begins[number], frame
+            elif field in fields:
                 raise FormatError(
-                    f"{self._where}: two members {key}.{field}, the second at byte {begin}; keys of neighbouring samples must differ"
+                    f"{self._where}: two members {key}.{field}, the second at byte {run.begins[number]}; "
+                    "keys of neighbouring samples must differ"
                 )
             fields.add(field)
-            add_member(field, offset, size, digest)
             if field == RECORD_FIELD:
-                self._sample = _read_record(data)
+                self._record = _read_record(data)
             elif _is_image(field):
                 self.builder.add_image(field, *_look_into(field, data))
-            self._end = offset + size + padding(size)
+        self._members, self._end = before + len(run.keys), run.end(-1)
 
     def end(self) -> None:
         """The row is complete, if there is one."""
         if self.key is None:
             return
-        sample = self._sample
         number = len(self.builder)
-        if sample is None:
-            self.builder.end_row(self.key, None, number, 0, 0, self._source)
-        else:
-            if not sample.strict:
-                self.tolerant.append(number)
-            self.builder.end_row(self.key, sample.id, number, len(sample.turns), sample.words, self._source)
-        self.spans.append(self._begin)
-        self.spans.append(self._size or self._end - self._begin)
-        self.key = None
+        id_, turns, words, strict = self._record or _NO_RECORD
+        if not strict:
+            self.tolerant.append(number)
+        self.builder.end_row(self.key, id_, number, turns, words, self._source, members=self._members)
+        self.spans.extend(self._frame or (self._begin, self._end - self._begin))
+        self._fields.clear()
+        self._record = self.key = None
 
 
 _is_image = lru_cache(maxsize=1024)(is_image_field)
+_NO_RECORD = Measured(id=None, turns=0, words=0, strict=True)
 
 
-def _read_record(data: memoryview) -> Sample | None:
-    """A LLaVA record; None for any other JSON."""
-    content = bytes(data)
-    if b"conversations" not in content and b"\\u" not in content:
-        return None  # seen at a glance, unless the name is written in escapes
+def _read_record(data: memoryview) -> Measured | None:
+    """What is told of a LLaVA record; None for any other JSON."""
     try:
-        return parse_record(content)
+        return measure_record(data)
     except RecordError:
         return None
 
@@ -181,7 +179,6 @@ def _read_record(data: memoryview) -> Sample | None:
 def _look_into(field: str, data: memoryview) -> tuple[str, int, int]:
     """An image's format, width and height."""
     try:
-        header = probe(data, check="none")  # what is cut off has a size nevertheless
+        return measure_image(data)  # what is cut off has a size nevertheless
     except ImageError:
         return field.rpartition(".")[2].lower(), 0, 0
-    return header.format, header.width, header.height

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,9 @@ from shardify.format.names import (
 from shardify.format.remote_sets import RemoteFolder, find_foreign, read_folders
 from shardify.format.sidecar import is_sidecar, read_shard_info, read_sidecar
 from shardify.format.urls import Place, is_url, join_url, shown, split_name, split_url
+
+if TYPE_CHECKING:
+    from shardify.format.scan import ScannedShard
 
 MAX_BUILT_BYTES = 10 * 1000**3
 """Sidecars of more shards than this are not built in passing: reading them takes minutes, and should be asked for."""
@@ -602,12 +605,11 @@ def _current_sidecar(path: str, size: int) -> str | None:
     return sidecar
 
 
-def build_sidecar(path: str, *, ahead: bool = False) -> str:
+def build_sidecar(path: str) -> str:
     """Index a shard made by others; the sidecar goes beside it, or into the user's cache folder when it cannot.
 
     Args:
         path: the shard.
-        ahead: have a thread read ahead, see `scan_shard`.
 
     Returns:
         The sidecar's path.
@@ -615,9 +617,18 @@ def build_sidecar(path: str, *, ahead: bool = False) -> str:
     Raises:
         FormatError: it is no shard (see `scan_shard`), or there is no place for its sidecar.
     """
+    return write_scanned(path, scan_foreign(path))
+
+
+def scan_foreign(path: str, *, mapped: bool = False) -> "ScannedShard":
+    """The first half of `build_sidecar`; for `mapped` see `scan_shard`."""
     from shardify.format.scan import scan_shard
 
-    scanned = scan_shard(path, name=os.path.basename(path), ahead=ahead)
+    return scan_shard(path, name=os.path.basename(path), mapped=mapped)
+
+
+def write_scanned(path: str, scanned: "ScannedShard") -> str:
+    """The second half of `build_sidecar`, which leaves Python's lock to other threads most of the time."""
     beside = _beside(path)
     target = (
         _cached(path)

@@ -144,6 +144,14 @@ def write_sidecar(path: str | os.PathLike[str], rows: Sequence[SampleRow], info:
     builder.write(path, np.array([(row.offset, row.size) for row in rows], np.int64).reshape(-1, 2), info)
 
 
+class _Numbers(dict[str, int]):
+    """Texts that repeat, numbered as they come."""
+
+    def __missing__(self, text: str) -> int:
+        number = self[text] = len(self)
+        return number
+
+
 class SidecarBuilder:
     """Gathers the rows of a sidecar column by column: about 250 bytes a sample, and no object for each member."""
 
@@ -154,12 +162,13 @@ class SidecarBuilder:
         self._turns = array("i")
         self._words = array("i")
         self._sources = array("I")  # strings that repeat are kept by number
-        self._source_numbers: dict[str, int] = {}
-        self._field_numbers: dict[str, int] = {}
-        self._format_numbers: dict[str, int] = {}
+        self._source_numbers = _Numbers()
+        self._field_numbers = _Numbers()
+        self._format_numbers = _Numbers()
         self._member_ends = array("i", [0])
         self._member_fields = array("I")
-        self._members = array("q")  # offset and size of each
+        self._member_offsets = array("q")
+        self._member_sizes = array("q")
         self._member_hashes = array("Q")
         self._image_ends = array("i", [0])
         self._image_fields = array("I")
@@ -191,27 +200,44 @@ class SidecarBuilder:
 
     def add_member(self, field: str, offset: int, size: int, xxh3_64: int) -> None:
         """Add a member to the row that `end_row` ends; the arguments are those of `Member`."""
-        self._member_fields.append(self._field_numbers.setdefault(field, len(self._field_numbers)))
-        self._members.append(offset)
-        self._members.append(size)
+        self._member_fields.append(self._field_numbers[field])
+        self._member_offsets.append(offset)
+        self._member_sizes.append(size)
         self._member_hashes.append(xxh3_64)
+
+    def add_members(self, fields: list[str], offsets: list[int], sizes: list[int], hashes: list[int]) -> None:
+        """Add many members, of one row or of some; `end_row` must say which are its."""
+        self._member_fields.extend(map(self._field_numbers.__getitem__, fields))
+        self._member_offsets.fromlist(offsets)
+        self._member_sizes.fromlist(sizes)
+        self._member_hashes.fromlist(hashes)
 
     def add_image(self, field: str, format: str, width: int, height: int) -> None:  # noqa: A002 - as the column
         """Add an image to the row that `end_row` ends; the arguments are those of `ImageInfo`."""
-        self._image_fields.append(self._field_numbers.setdefault(field, len(self._field_numbers)))
-        self._image_formats.append(self._format_numbers.setdefault(format, len(self._format_numbers)))
+        self._image_fields.append(self._field_numbers[field])
+        self._image_formats.append(self._format_numbers[format])
         self._images.append(width)
         self._images.append(height)
 
-    def end_row(self, key: str, id: str | None, record: int, turns: int, words: int, source: str) -> None:  # noqa: A002, PLR0917
-        """Append the row of the members and images added since the one before."""
+    def end_row(  # noqa: PLR0917
+        self,
+        key: str,
+        id: str | None,  # noqa: A002 - as the column
+        record: int,
+        turns: int,
+        words: int,
+        source: str,
+        *,
+        members: int | None = None,
+    ) -> None:
+        """Append the row of the members and images added since the one before; `members` of all that were added, where not all are its."""
         self._keys.append(key)
         self._ids.append(id)
         self._records.append(record)
         self._turns.append(turns)
         self._words.append(words)
-        self._sources.append(self._source_numbers.setdefault(source, len(self._source_numbers)))
-        self._member_ends.append(len(self._member_hashes))
+        self._sources.append(self._source_numbers[source])
+        self._member_ends.append(len(self._member_hashes) if members is None else members)
         self._image_ends.append(len(self._image_fields))
 
     def encode(self, spans: npt.NDArray[np.int64], info: ShardInfo) -> memoryview:
@@ -221,7 +247,6 @@ class SidecarBuilder:
             spans: [samples, 2], offset and size of each sample.
             info: what else is known of the shard.
         """
-        members = np.array(self._members, np.int64).reshape(-1, 2)
         images = np.array(self._images, np.int32).reshape(-1, 2)
         spans = np.asarray(spans, np.int64).reshape(len(self), 2)
         columns = {
@@ -235,8 +260,8 @@ class SidecarBuilder:
                 self._member_ends,
                 [
                     _strings(self._member_fields, self._field_numbers),
-                    _numbers(members[:, 0], pa.int64()),
-                    _numbers(members[:, 1], pa.int64()),
+                    _to_arrow(self._member_offsets, pa.int64()),
+                    _to_arrow(self._member_sizes, pa.int64()),
                     _to_arrow(self._member_hashes, pa.uint64()),
                 ],
             ),

@@ -231,6 +231,16 @@ def split_name(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, field
 
 
+def split_names(names: Sequence[str]) -> list[tuple[str, str] | None]:
+    """What `split_name` says of each."""
+    text = "\0".join(("", *names))
+    # where nothing but the first dot matters
+    if "/" in text or "\0__" in text:
+        return [split_name(name) for name in names]
+    parts = [name.partition(".") for name in names]
+    return [(key, field) if key and field else None for key, _, field in parts]
+
+
 def read_members(span: memoryview, *, where: str) -> tuple[str, list[tuple[str, memoryview]]]:
     """The members of one sample.
 

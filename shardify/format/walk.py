@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from io import FileIO
-from typing import Protocol, Self, TypeAlias
+from typing import Protocol
 
 import xxhash
 
 from shardify.errors import FormatError
-from shardify.format.glance import glance
+from shardify.format.glance import Glanced, glance
 from shardify.format.headers import (
     BLOCK,
     EXTENSIONS,
@@ -22,14 +23,10 @@ from shardify.format.headers import (
     parse_header,
     says_nothing,
 )
-from shardify.format.readahead import ReadAhead, Reader, ReadNow
-from shardify.format.tar import padding, split_name
+from shardify.format.tar import padding, split_name, split_names
 
 CACHED_BYTES = 2 * 1024 * 1024
 """Read at a time: what stays in the processor's cache while it is hashed, walked and looked into."""
-
-WINDOW_BYTES = 4 * 1024 * 1024
-"""The same when a thread reads ahead: enough to keep both busy for a while."""
 
 _MARGIN = 256 * 1024
 
@@ -38,6 +35,9 @@ GLANCE_BYTES = 512 * 1024
 
 MAX_PARSED_BYTES = 256 * 1024 * 1024
 """Larger members are hashed in pieces and not looked into."""
+
+_FEW = 16  # files: headers that are checked together cost less from here on
+_MOST_ALONE = 64
 
 _ROUND = BLOCK - 1
 _ZEROS = bytes(BLOCK)
@@ -52,26 +52,29 @@ class Window(Protocol):
         total: bytes of the tar, or of its part.
         partial: whether the tar may go on elsewhere, so that the bytes may end without a mark.
         marked: whether the end-of-archive mark was found.
+        hashed: up to where the tar's own hash is made, so that it is made of bytes that are about to be used anyway.
     """
 
     base: int
     total: int
     partial: bool
     marked: bool
+    hashed: int
 
     def advance(self, used: int, need: int) -> memoryview:
         """Pass over `used` bytes; what is there then, at least `need` bytes unless the tar ends. What was given before is void."""
+        ...
+
+    def hash_to(self, end: int) -> None:
+        """Make the tar's hash up to byte `end` of the tar at least, which lies in what `advance` gave."""
         ...
 
 
 class FileWindow:
     """A file, hashed on its way through two buffers.
 
-    Use it in a ``with`` block, which ends its thread.
-
     Args:
         file: unbuffered, at its begin.
-        ahead: while one buffer is hashed and walked, a thread reads into the other.
 
     Attributes:
         digest: xxh3_128 of what was read so far.
@@ -79,32 +82,25 @@ class FileWindow:
 
     partial = False
 
-    def __init__(self, file: FileIO, *, ahead: bool = False) -> None:
+    def __init__(self, file: FileIO) -> None:
         self.base = 0
-        self.total = os.fstat(file.fileno()).st_size
+        self.total = self.hashed = os.fstat(file.fileno()).st_size
         self.marked = False
         self.digest = xxhash.xxh3_128()
+        self._file = file
         self._view = _NOTHING
         # what is left of one buffer is copied in front of the other
-        size = _MARGIN + (WINDOW_BYTES if ahead else CACHED_BYTES)
+        size = _MARGIN + CACHED_BYTES
         self._front, self._back = memoryview(bytearray(size)), memoryview(bytearray(size))
-        self._reader: Reader = ReadAhead(file) if ahead else ReadNow(file)
-        self._reader.ask(self._back[_MARGIN:])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._reader.close()
 
     def advance(self, used: int, need: int) -> memoryview:
         """See `Window`."""
         self.base += used
         view = self._view[used:]
         while len(view) < need:
-            count = self._reader.take()
+            count = self._file.readinto(self._back[_MARGIN:])
             if not count:
-                break  # and so for good: nothing more is asked for
+                break
             self._front, self._back = self._back, self._front
             left = len(view)
             block = self._front[_MARGIN : _MARGIN + count]
@@ -113,11 +109,15 @@ class FileWindow:
                 view = self._front[_MARGIN - left : _MARGIN + count]
             else:
                 view = memoryview(b"".join((view, block)))
-            self._reader.ask(self._back[_MARGIN:])
-            # the thread begins to read now, when hashing leaves it Python's lock
             self.digest.update(block)
         self._view = view
         return view
+
+    def hash_to(self, end: int) -> None:
+        """See `Window`: all that is read is hashed."""
+
+    def close(self) -> None:
+        """Nothing is to be done."""
 
 
 class FrameWindow:
@@ -128,7 +128,7 @@ class FrameWindow:
     def __init__(self, content: bytes) -> None:
         self._view = memoryview(content)
         self.base = 0
-        self.total = len(content)
+        self.total = self.hashed = len(content)
         self.marked = False
 
     def advance(self, used: int, need: int) -> memoryview:  # noqa: ARG002 - there is no more
@@ -137,18 +137,78 @@ class FrameWindow:
         self._view = self._view[used:]
         return self._view
 
-
-Entry: TypeAlias = tuple[str, str, int, int, int, memoryview, int]
-"""One member that belongs to a sample: key, field, where its first header begins, where its data begins, size, data, and xxh3_64 of it.
-
-The data is void when the next entry is drawn, and empty when it is larger than `MAX_PARSED_BYTES`.
-"""
+    def hash_to(self, end: int) -> None:
+        """See `Window`: nothing is hashed."""
 
 
-_Found: TypeAlias = tuple[str, str, int, int, int, memoryview]
+@dataclass(slots=True)
+class Run:
+    """Members that belong to samples, one after another in memory, field by field.
+
+    Attributes:
+        keys: of their samples.
+        fields: their own names.
+        begins: where the first header of each begins in the tar.
+        offsets: where its data begins there.
+        sizes: bytes of it.
+        data: void when the next run is drawn, and empty when it is larger than `MAX_PARSED_BYTES`.
+        digests: xxh3_64 of it.
+    """
+
+    keys: list[str] = field(default_factory=list)
+    fields: list[str] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    data: list[memoryview] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
+
+    def add(self, parsed: tuple[str, str], begin: int, offset: int, data: memoryview) -> None:
+        """Append a member, still without its hash."""
+        key, name = parsed
+        self.keys.append(key)
+        self.fields.append(name)
+        self.begins.append(begin)
+        self.offsets.append(offset)
+        self.sizes.append(len(data))
+        self.data.append(data)
+
+    def end(self, number: int) -> int:
+        """Where the padding behind a member's data ends in the tar."""
+        return self.offsets[number] + (self.sizes[number] + _ROUND & ~_ROUND)
+
+    def clear(self) -> None:
+        """Be as new."""
+        for column in (
+            self.keys,
+            self.fields,
+            self.begins,
+            self.offsets,
+            self.sizes,
+            self.data,
+            self.digests,
+        ):
+            column.clear()
+
+    def add_glanced(self, files: Glanced, view: memoryview, base: int) -> None:
+        """Append the members among files that lie in a view, whose first byte is byte `base` of the tar."""
+        pairs = split_names(files.names)
+        if None in pairs:
+            for pair, begin, start, size in zip(pairs, *files[1:], strict=True):
+                if pair:
+                    self.add(pair, base + begin, base + start, view[start : start + size])
+            return
+        self.keys += [pair[0] for pair in pairs if pair]
+        self.fields += [pair[1] for pair in pairs if pair]
+        self.begins += [base + begin for begin in files.begins]
+        self.offsets += [base + start for start in files.starts]
+        self.sizes += files.sizes
+        self.data += [
+            view[start : start + size] for start, size in zip(files.starts, files.sizes, strict=True)
+        ]
 
 
-def walk(window: Window, where: str) -> Iterator[Entry]:
+def walk(window: Window, where: str) -> Iterator[Run]:
     """The members of a tar in order, without those that belong to no sample: folders, links, and names that `split_name` refuses.
 
     Raises:
@@ -157,25 +217,23 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
     view, at, total = window.advance(0, BLOCK), 0, window.total
     begin = -1  # of the first header of the next member
     extension: Extension | None = None
-    # the members of one window are hashed together and given out together: what each of these needs stays in the cache
-    waiting: list[_Found] = []
-    glanced = _NOTHING
+    waiting = Run()
+    alone, longer = 0, 1  # members to read one by one before the next glance, and where that is in vain
     repeated, repeated_header = b"", ("", 0, b"")  # writers of PAX headers write the same one again and again
     while True:
         if len(view) - at < BLOCK:
-            yield from _hashed(waiting)
+            yield from _hashed(waiting, window)
             view, at = window.advance(at, BLOCK), 0
             if not len(view) and window.partial and begin < 0:
                 return
-        if view is not glanced and begin < 0 and len(view) - at >= GLANCE_BYTES:
-            glanced = view
-            base = window.base + at
+        if begin < 0 and not alone and len(view) - at >= GLANCE_BYTES:
             files, end = glance(view[at:])
-            for name, begins, starts, size in files:
-                if (parsed := split_name(name)) is not None:
-                    data = view[at + starts : at + starts + size]
-                    waiting.append((*parsed, base + begins, base + starts, size, data))
+            waiting.add_glanced(files, view[at:], window.base + at)
             at += end
+            if len(files.names) < _FEW:
+                alone, longer = longer, min(2 * longer, _MOST_ALONE)
+            else:
+                longer = 1
             continue
         header_at = window.base + at
         block = bytes(view[at : at + BLOCK])
@@ -183,7 +241,7 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
         if header is None:
             if block == _ZEROS and begin < 0:
                 window.marked = True
-                yield from _hashed(waiting)
+                yield from _hashed(waiting, window)
                 _pass_tail(window, at, where)
                 return
             cut = len(block) < BLOCK or block == _ZEROS
@@ -193,7 +251,7 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
         at += BLOCK
         if kind in EXTENSIONS:
             if len(view) - at < size <= MAX_EXTENSION_BYTES:
-                yield from _hashed(waiting)
+                yield from _hashed(waiting, window)
                 view, at = window.advance(at, size), 0
             if len(view) - at < size:
                 raise FormatError(f"{where}: cut off, or damaged, in the extended header at byte {header_at}")
@@ -213,7 +271,7 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
             repeated, repeated_header = block, header
             at += size + _ROUND & ~_ROUND
             if at > len(view):
-                yield from _hashed(waiting)
+                yield from _hashed(waiting, window)
                 view, at = _pass(window, view, at)
             continue
         if begin < 0:
@@ -237,32 +295,38 @@ def walk(window: Window, where: str) -> Iterator[Entry]:
         if parsed is None:
             end = at + (size + _ROUND & ~_ROUND)
         elif size > MAX_PARSED_BYTES:
-            yield from _hashed(waiting)
+            yield from _hashed(waiting, window)
             digest = xxhash.xxh3_64()
             for piece in _pieces(window, at, size, where):
                 digest.update(piece)
-            yield *parsed, begin, offset, size, _NOTHING, digest.intdigest()
+            yield Run([parsed[0]], [parsed[1]], [begin], [offset], [size], [_NOTHING], [digest.intdigest()])
             view, end = window.advance(0, BLOCK), padding(size)
         else:
             if len(view) - at < size:
-                yield from _hashed(waiting)
+                yield from _hashed(waiting, window)
                 view, at = window.advance(at, size), 0
-            waiting.append((*parsed, begin, offset, size, view[at : at + size]))
+            waiting.add(parsed, begin, offset, view[at : at + size])
             end = at + (size + _ROUND & ~_ROUND)
         if end > len(view):
-            yield from _hashed(waiting)
+            yield from _hashed(waiting, window)
             view, at = _pass(window, view, end)
         else:
             at = end
         begin = -1
         extension = None
+        alone = max(0, alone - 1)
 
 
-def _hashed(waiting: list[_Found]) -> Iterator[Entry]:
+def _hashed(waiting: Run, window: Window) -> Iterator[Run]:
     """Give out what is waiting, before the window moves on."""
-    digests = [xxhash.xxh3_64_intdigest(found[5]) for found in waiting]
-    for found, digest in zip(waiting, digests, strict=True):
-        yield *found, digest
+    if not waiting.keys:
+        return
+    of, append = xxhash.xxh3_64_intdigest, waiting.digests.append
+    for data, end in zip(waiting.data, waiting.offsets, strict=True):
+        if end > window.hashed:
+            window.hash_to(end + len(data))
+        append(of(data))
+    yield waiting
     waiting.clear()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from shardify import indexing
+from shardify.format.shards import scan_foreign
 from shardify.errors import FormatError, UsageError
 from shardify.format.tar import ShardWriter
 from shardify.indexing import index_shards
@@ -197,12 +198,12 @@ def test_the_first_bad_shard_is_named_and_good_ones_stay_indexed(folder):
 
 
 def test_a_killed_worker_is_an_error_that_names_its_shard(folder, monkeypatch):
-    def dies(path, *, ahead):
+    def dies(path, **_):
         if path.endswith("00002.tar"):
             os.kill(os.getpid(), 9)
-        return path
+        return scan_foreign(path)
 
-    monkeypatch.setattr(indexing, "build_sidecar", dies)
+    monkeypatch.setattr(indexing, "scan_foreign", dies)
     with pytest.raises(
         FormatError, match=r"00002\.tar: cannot be indexed: its process was ended with status -9"
     ):

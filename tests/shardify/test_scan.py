@@ -315,11 +315,10 @@ def test_windows_of_any_size_and_glances_see_the_same(tmp_path, monkeypatch):
     )
     rows, info = scan(path)
     for window, parsed, glance in ((512, 1 << 20, 0), (1024, 1000, 2000), (3000, 1, 0), (1 << 20, 600, 0)):
-        monkeypatch.setattr(walk_module, "WINDOW_BYTES", window)
         monkeypatch.setattr(walk_module, "CACHED_BYTES", window)
         monkeypatch.setattr(walk_module, "MAX_PARSED_BYTES", parsed)
         monkeypatch.setattr(walk_module, "GLANCE_BYTES", glance)
-        assert scan(path) == scan(path, ahead=True) == (rows, info)
+        assert scan(path) == scan(path, mapped=True) == (rows, info)
 
 
 def test_a_second_tar_behind_the_mark_is_not_lost_silently(tmp_path):
