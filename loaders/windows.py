@@ -36,6 +36,8 @@ Legs: TypeAlias = tuple[tuple[int, ...], ...]
 # what a key is for, so that no two uses share one
 _PACKS, _MICRO_BATCHES, _UNITS = range(3)
 
+_MEASURED = 1 << 14  # positions at a time: what is computed for them stays in the processor's cache
+
 KINDS = 2
 """Of rows: text alone, and with images."""
 
@@ -147,8 +149,11 @@ class WindowPlan:
         """Samples in the order of their positions, or packs in a keyed order, each of one modality when grouped by that."""
         begin = window * self.plan_window
         positions = np.arange(begin, min(begin + self.plan_window, epoch.length), dtype=np.int64)
-        lengths, tiles = epoch.measure(positions)
-        lengths = np.maximum(lengths, 1)  # a text of no tokens has one padding token
+        lengths, tiles = np.empty_like(positions), np.empty_like(positions)
+        for first in range(0, len(positions), _MEASURED):
+            some = slice(first, first + _MEASURED)
+            lengths[some], tiles[some] = epoch.measure(positions[some])
+        np.maximum(lengths, 1, out=lengths)  # a text of no tokens has one padding token
         kinds = (tiles > 0).astype(np.int64) if self.by_modality else np.zeros_like(positions)
         if self.pack_tokens is None:
             return Rows(Ragged.of(positions, np.ones_like(positions)), lengths, tiles, kinds)
