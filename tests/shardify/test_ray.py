@@ -23,6 +23,11 @@ from shardify.demo import make_demo
 from shardify.engines import ray as ray_engine
 from shardify.errors import PackError
 
+_spec = importlib.util.spec_from_file_location("s3", Path(__file__).parent / "s3.py")
+s3 = importlib.util.module_from_spec(_spec)
+sys.modules["s3"] = s3
+_spec.loader.exec_module(s3)
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed; pip install 'shardify[ray]'"
 )
@@ -302,6 +307,19 @@ def test_a_ray_of_its_own_ends_with_the_command(source, tmp_path):
     assert not (tmp_path / "home" / ".ray").exists()
     finish(start_pack(source, out))
     assert content(out) == content(source / "local")
+
+
+def test_shards_go_to_an_object_store(source, tmp_path):
+    with s3.running_server() as server:
+        server.client.create_bucket(Bucket="lab")
+        environment = os.environ | server.environment | {"ON_RAY": str(tmp_path), "HOME": str(tmp_path)}
+        environment.pop("RAY_ADDRESS", None)
+        out = "s3://lab/set"
+        finish(start_pack(source, out, "--engine", "ray", "--workers", 2, environment=environment))
+        made, unfinished = server.objects("lab", "set/"), server.uploads("lab")
+
+    assert made == content(source / "local")
+    assert not unfinished
 
 
 def with_environment(entry):
