@@ -137,7 +137,8 @@ class WindowBatches:
         if self.plan.group_by is None:
             return batches_of(int(items.sum()) - done, self._batch_items, self.drop_last)
         units = (items if self.drop_last else items + self._batch_items - 1) // self._batch_items
-        return int(units.sum()) - done
+        # a run that kept short units may have consumed more of the window than one that drops them has in it
+        return max(int(units[0].sum()) - done, 0) + int(units[1:].sum())
 
     def batches(self, epoch: EpochView, cursor: Cursor) -> Iterator[Positions]:
         """This rank's batches from the cursor to the end of the epoch.

@@ -262,6 +262,23 @@ def test_drop_last_drops_short_batches_alone(data):
         assert kept[-1][0].after.window == every[-1][0].after.window
 
 
+def test_dropping_may_begin_after_a_short_batch():
+    samples = Data(np.full(40, 9), np.arange(40) % 2, key=5)
+    plan = {
+        "group_by": "modality",
+        "pack_tokens": None,
+        "max_tokens": None,
+        "max_tiles": None,
+        "plan_window": 20,
+    }
+    keeping, dropping = Run(plan, 2, 2), Run(plan, 2, 2, drop_last=True)
+    cursor = keeping.batches(samples, Cursor(0))[4][0].after  # four full ones of 4, and a short one of 2
+    assert (cursor.position, cursor.window) == (18, 0)
+    left = dropping.batches(samples, cursor)
+    assert [len(rows_of(step)) for step in left] == [4, 4, 4, 4]
+    assert dropping.ranks()[0].count(samples.view, cursor) == 4
+
+
 def test_what_a_window_drops_are_its_last_samples_of_a_modality():
     samples = Data(np.arange(1, 101), (np.arange(100) % 3 == 0).astype(np.int64), key=5)
     run = Run(
