@@ -166,12 +166,18 @@ def each_forked(
                 yield waiting.pop(0).result()
         while waiting:
             yield waiting.pop(0).result()
-    except BrokenProcessPool:
-        raise LoaderError(
-            "a process that read a data set's files was ended (out of memory?); the same run again goes on"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    except BaseException as error:
+        # what is under way is not waited for: an interrupted run ends at once
+        processes = list((pool._processes or {}).values())  # noqa: SLF001 - Python 3.14 makes it public
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise LoaderError(
+                "a process that read a data set's files was ended (out of memory?); the same run again goes on"
+            ) from None
+        raise
+    pool.shutdown()
 
 
 _work: Callable[[Any], Any] | None = None

@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from loaders.text.masks import IGNORE_INDEX
 from loaders.text.templates import IMAGE_TEXT, TEMPLATES, Segment
-from loaders.text.tokenizers import Tokenizer
+from loaders.text.tokenizers import Tokenizer, fingerprint_of
 from shardify.errors import TextError, UsageError
 from shardify.records import Sample, Turn, parse_record, sample_of
 
 IMAGE_TOKEN = -200
 """Stands for an image among the tokens; the model puts the image's features in its place."""
+
+TEXT_VERSION = 1
+"""Changes whenever the same record and settings would give other tokens: counts that were kept are made anew."""
 
 Labels = Literal["reference", "spans"]
 
@@ -113,6 +117,16 @@ class LlavaText:
         ):
             self.labels = "spans"
         self.max_length = max_length
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names what decides about the tokens of a record: equal ones make equal tokens of it, whenever and wherever.
+
+        Raises:
+            UsageError: the tokenizer cannot be told from others (`fingerprint_of`).
+        """
+        settings = f"template={self.template.name} max_length={self.max_length} labels={self.labels}"
+        return f"llava-{TEXT_VERSION} {settings} tokenizer={fingerprint_of(self.tokenizer)}"
 
     def __call__(self, record: bytes | memoryview | Mapping[str, Any]) -> TextResult:
         """The tokens and labels of one record.

@@ -1,11 +1,14 @@
 """Tokenizers: what `LlavaText` needs of one, and two that need at most a SentencePiece file."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
+
+import xxhash
 
 from shardify.errors import UsageError
 
@@ -71,6 +74,11 @@ class ByteTokenizer:
         tokens = [byte + 3 for byte in text.encode()]
         return Tokens([self.bos_token_id, *tokens] if add_special_tokens else tokens)
 
+    @property
+    def fingerprint(self) -> str:
+        """Names what it does: equal for all byte tokenizers."""
+        return "bytes-1"
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, special and unknown ones left out and broken UTF-8 replaced."""
         return bytes(token - 3 for token in tokens if 3 <= token < self.vocab_size).decode("utf-8", "replace")
@@ -124,6 +132,11 @@ class SentencePieceTokenizer:
         self._split = re.compile("(" + "|".join(map(re.escape, self._special)) + ")").split
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Names what it does: by the content of its file, wherever that lies, and `legacy`."""
+        return f"sentencepiece-1 {xxhash.xxh3_128_hexdigest(self._model)} legacy={self.legacy}"
+
+    @cached_property
     def _processor(self) -> Any:
         try:
             from sentencepiece import SentencePieceProcessor
@@ -165,3 +178,42 @@ class SentencePieceTokenizer:
             elif stretch:
                 tokens += self._encode("▁" + stretch if blank else stretch)
         return Tokens(tokens)
+
+
+def fingerprint_of(tokenizer: Tokenizer) -> str:
+    """Names what a tokenizer does, so that token counts can be kept: equal for equal ones, another for any other.
+
+    That is the tokenizer's own `fingerprint` when it has one (a text). For those of transformers it is a hash of their whole state, which the fast
+    ones can write down, or of vocabulary and settings.
+
+    Raises:
+        UsageError: it cannot be told; give it an attribute `fingerprint`.
+    """
+    own = getattr(tokenizer, "fingerprint", None)
+    if isinstance(own, str):
+        return own
+    state: list[str] = [type(tokenizer).__qualname__]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    try:
+        if backend is not None:
+            state.append(backend.to_str())
+        else:
+            vocabulary = tokenizer.get_vocab()  # type: ignore[attr-defined]
+            state.append(json.dumps(vocabulary, sort_keys=True))
+        settings = dict(getattr(tokenizer, "init_kwargs", {}))
+        # where it was loaded from says nothing about what it does
+        for name in ("name_or_path", "vocab_file", "tokenizer_file", "tokenizer_object"):
+            settings.pop(name, None)
+        state += sorted(f"{name}={value!r}" for name, value in settings.items() if _is_plain(value))
+        for name in ("add_bos_token", "add_eos_token", "legacy"):
+            state.append(f"{name}={getattr(tokenizer, name, None)!r}")
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        raise UsageError(
+            f"{type(tokenizer).__name__}: its token counts cannot be kept, since it cannot be told from others; give it an attribute"
+            " `fingerprint`, a text that changes with what it does"
+        ) from None
+    return f"{state[0]} {xxhash.xxh3_128_hexdigest(chr(0).join(state).encode('utf-8', 'surrogatepass'))}"
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)

@@ -108,6 +108,15 @@ def test_any_position_alone_equals_the_whole(order, epoch, data):
         assert np.array_equal(order.samples(epoch, some), everything[some])
 
 
+@given(order=orders(), data=st.data())
+def test_positions_of_several_epochs_at_once_are_those_of_each(order, data):
+    if order.length:
+        places = st.tuples(st.integers(0, 10**6), st.integers(0, order.length - 1))
+        epochs, positions = np.array(data.draw(st.lists(places, min_size=1, max_size=20)), np.int64).T
+        each = [int(order.samples(int(e), np.array([p]))[0]) for e, p in zip(epochs, positions, strict=True)]
+        assert order.samples(epochs, positions).tolist() == each
+
+
 @given(length=st.integers(1000, 5000), seed=SEEDS, lanes=st.integers(1, 16), block=st.integers(1, 16))
 def test_a_lane_keeps_its_blocks_in_every_epoch(length, seed, lanes, block):
     order = make_order(length, shuffle="block", seed=seed, lanes=lanes, block=block)
