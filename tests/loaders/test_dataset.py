@@ -1,5 +1,6 @@
 """The flat range over parts: rows as the shards have them, extents, frames, exclusions, fingerprints of grown sets."""
 
+import hashlib
 import io
 import json
 import sys
@@ -17,7 +18,7 @@ from loaders.dataset import Dataset, Part, open_dataset
 from loaders.mixture import Mixture
 from loaders.order import OrderSettings
 from loaders.subset import Subset
-from shardify.errors import UsageError
+from shardify.errors import StateError, UsageError
 from shardify.format.samples import SampleReader
 from shardify.format.shards import ShardSet, open_shards
 
@@ -156,8 +157,6 @@ def test_ids_urls_and_hashes_mark_samples_where_they_are(tmp_path, compress):
     assert excluding(tmp_path, data, "id7", "id59") == {7, 59}
     assert excluding(tmp_path, data, "https://a.b/c.jpg") == {10, 11}
     assert excluding(tmp_path, data, xxhash.xxh3_64_hexdigest(picture(13))) == {13, 40}
-    import hashlib
-
     assert excluding(tmp_path, data, hashlib.sha256(picture(41)).hexdigest()) == {40, 41}
     assert len(open_dataset(data, exclude=tmp_path / "list.txt")) == 60
 
@@ -233,3 +232,25 @@ def test_a_part_without_samples_is_named(tmp_path):
     empty = write_tars(tmp_path / "b", [], [])
     with pytest.raises(UsageError, match="'b' of the mixture has no samples"):
         open_dataset(Mixture({"a": (a, 1), "b": (empty, 1)}))
+
+
+def test_growth_that_would_move_old_samples_is_refused(tmp_path):
+    samples = [([picture(i)], record(i)) for i in range(200)]
+    data = write_tars(tmp_path / "data", samples, [])
+    before = {side: open_dataset(data, split=side, validation=0.5) for side in ("train", "validation")}
+    one, held_out = (int(before[side].parts[0].stored(np.array([0]))[0]) for side in ("train", "validation"))
+    few = open_dataset(data, max_samples=20)
+    # the added sample shows a picture of either side
+    write_tars(data, [([picture(one), picture(held_out)], record(200, 2))], [], first=1)
+    moved = [
+        open_dataset(data, split=side, validation=0.5).parts[0].prefix(before[side].fingerprint)
+        for side in before
+    ]
+    assert moved == [None, None]
+    write_tars(data, [([picture(i)], record(i)) for i in range(300, 600)], [], first=2)
+    after = open_dataset(data, max_samples=20)
+    assert after.parts[0].prefix(few.fingerprint) is None
+    with pytest.raises(
+        StateError, match="1 shards of 200 samples, max_samples=20, samples=20; here are 3 shards"
+    ):
+        after.course(OrderSettings()).take_up(0, [], 5, few.fingerprint)
