@@ -36,7 +36,7 @@ from enum import IntEnum
 
 import xxhash
 
-from loaders.fetch.blocks import FOOTER_BYTES, is_whole
+from loaders.fetch.blocks import is_whole
 from loaders.fetch.folder import CacheFolder, join_folder, remove_if_deserted
 from shardify.errors import LoaderError
 
@@ -158,6 +158,10 @@ class BlockCache:
     def loading_path(self, name: str) -> str:
         """Where to write a block that was claimed."""
         return os.path.join(self._path, "loading", name)
+
+    def holds(self, name: str, size: int) -> bool:
+        """Whether a block is there and has its size, or more, with faults."""
+        return _size_of(self.path(name)) >= size
 
     def claim(self, wants: Sequence[Want], slots: int) -> list[Claim]:
         """Ask for blocks, in the order in which they are needed.
@@ -522,11 +526,6 @@ class BlockCache:
 def block_path(folder: str, name: str) -> str:
     """Where a block that is ready lies in a cache folder."""
     return os.path.join(folder, "blocks", name)
-
-
-def file_size(begin: int, end: int) -> int:
-    """Of the block of these bytes, when it has no faults."""
-    return end - begin + FOOTER_BYTES
 
 
 def _size_of(path: str) -> int:

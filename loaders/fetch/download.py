@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple, NoReturn
 
-from loaders.fetch.blocks import Extent, block_name
-from loaders.fetch.cache import BlockCache, Claim, Want, file_size
+from loaders.fetch.blocks import FOOTER_BYTES, Extent, block_name
+from loaders.fetch.cache import BlockCache, Claim, Want
 from loaders.fetch.extents import ExtentFetcher, Source
 from loaders.fetch.folder import CacheFolder
 from loaders.fetch.requests import NoRangesError, Patience, Requests
@@ -63,7 +63,7 @@ class _Need:
     extent: Extent
     name: str
     state: _State = _State.QUEUED
-    batches: dict[int, int] = field(default_factory=dict)  # -> extents of it that each has yet to read
+    batches: dict[int, set[int]] = field(default_factory=dict)  # -> first bytes of what each has yet to read
     waiting: set[int] = field(default_factory=set)  # batches whose workers wait for it
     uses: int = 0  # samples read since it was pinned
     samples: int = 0  # in it, as far as known
@@ -103,6 +103,7 @@ def run(settings: Settings, messages: Messages, counters: FetchCounters, notes: 
         downloader: Downloader | None = None
         try:
             downloader = Downloader(settings, messages, counters, notes)
+            counters.tell_news()
             threading.Thread(target=_end_with, args=(parent, downloader), daemon=True).start()
             downloader.serve()
             status = 0
@@ -212,15 +213,16 @@ class Downloader:
             elif kind == Kind.WAITED:
                 self._count("wait_us", value)
             elif kind == Kind.READ:
-                self._has_read(self._need(shard, begin, end), batch, value, calm)
+                need = self._need(shard, begin, end)
+                need.uses += value
+                self._has_read(need, batch, begin, calm)
             else:
                 need = self._need(shard, begin, end)
                 self._batches.setdefault(batch, set()).add(need.extent)
                 self._lingering.pop(need.extent, None)
+                need.batches.setdefault(batch, set()).add(begin)
                 if kind == Kind.WAIT:
                     self._is_waited_for(need, batch, urgent)
-                else:
-                    need.batches[batch] = need.batches.get(batch, 0) + 1
         if urgent or calm:
             self._cache.set_urgent([need.name for need in urgent], urgent=True)
             self._cache.set_urgent([need.name for need in calm if not need.waiting], urgent=False)
@@ -239,21 +241,19 @@ class Downloader:
         return need
 
     def _is_waited_for(self, need: _Need, batch: int, urgent: list[_Need]) -> None:
-        need.batches.setdefault(batch, 1)
         if batch not in need.waiting:
             self._count("waits", 1)
             need.waiting.add(batch)
-        if need.state is _State.READY and not os.path.exists(self._cache.path(need.name)):
+        if need.state is _State.READY and not self._cache.holds(need.name, _file_size(need)):
             need.state = _State.QUEUED  # it had to go for one that was needed sooner
             self._queue.append(need)
         if need.state is not _State.QUEUED:
             urgent.append(need)
 
-    def _has_read(self, need: _Need, batch: int, samples: int, calm: list[_Need]) -> None:
-        need.uses += samples
-        left = need.batches.get(batch, 1) - 1
-        if left > 0:
-            need.batches[batch] = left
+    def _has_read(self, need: _Need, batch: int, begin: int, calm: list[_Need]) -> None:
+        left = need.batches.get(batch, set())
+        left.discard(begin)
+        if left:
             return
         need.batches.pop(batch, None)
         if (extents := self._batches.get(batch)) is not None:
@@ -321,7 +321,7 @@ class Downloader:
             wants = [
                 Want(
                     need.name,
-                    file_size(need.extent.begin, need.extent.end),
+                    _file_size(need),
                     min(need.batches, default=0),
                     bool(need.waiting),
                 )
@@ -407,8 +407,8 @@ class Downloader:
                 continue  # those under way come back here by themselves
             if other is not need:
                 self._drop(other)
-            for batch, count in other.batches.items():
-                whole.batches[batch] = whole.batches.get(batch, 0) + count
+            for batch, begins in other.batches.items():
+                whole.batches.setdefault(batch, set()).update(begins)
                 self._batches.setdefault(batch, set()).add(whole.extent)
                 self._batches[batch].discard(other.extent)
             whole.waiting |= other.waiting
@@ -420,14 +420,20 @@ class Downloader:
             need = self._jobs.get()
             result: _Fetched | BaseException
             try:
-                whole = need.extent.shard in self._whole
-                result = _Fetched(need, self._extents.fetch(need.extent, need.name, whole=whole))
+                result = _Fetched(need, self._fetch(need))
             except NoRangesError:
                 result = _Fetched(need, 0, no_ranges=True)
             except BaseException as error:  # noqa: BLE001 - raised in the scheduling thread
                 result = error
             self._fetched.put(result)
             os.eventfd_write(self._wake, 1)
+
+    def _fetch(self, need: _Need) -> int:
+        shard, begin, end = need.extent
+        whole = shard in self._whole
+        if whole and (begin, end) != (0, self._sources[shard].size):
+            raise NoRangesError  # found out meanwhile
+        return self._extents.fetch(need.extent, need.name, whole=whole)
 
     def _count(self, name: str, value: int) -> None:
         with self._counting:
@@ -465,3 +471,7 @@ class Downloader:
             self._noted.add(topic)
         with suppress(OSError):
             os.write(self._notes, f"{line}\n".encode())
+
+
+def _file_size(need: _Need) -> int:
+    return need.extent.end - need.extent.begin + FOOTER_BYTES

@@ -192,7 +192,7 @@ class RemoteFetch:
             warnings.warn(line, stacklevel=2)
         if failure := self.counters.failure:
             raise LoaderError(failure)
-        if self._has_ended(0.0):
+        if not self._messages.pause(0) and self._has_ended(_CLOSE):
             raise LoaderError(f"the download process was ended {_how(self._process.status)} (out of memory?)")
         with suppress(BrokenPipeError):
             self._messages.post()
@@ -322,7 +322,8 @@ class CachedFetcher:
         news = -1
         while True:
             seen = self._counters.news
-            if seen != news or time.monotonic() - looked > _LOOK:
+            # nothing before the first news: what lies there may be from before a reboot
+            if seen and (seen != news or time.monotonic() - looked > _LOOK):
                 news, looked = seen, time.monotonic()
                 there: list[tuple[Extent, int]] = []
                 for extent in list(left):
@@ -375,8 +376,10 @@ class CachedFetcher:
             raise LoaderError(f"the cache cannot be read: {path}: {error.strerror}") from None
         faults = read_faults(file, end - begin, os.fstat(file).st_size)
         if faults is None:
-            os.close(file)
-            raise LoaderError(f"{path} is no block any more: something else has changed it; remove it")
+            os.close(
+                file
+            )  # something else has changed it: the download process sees that too when it is told of the wait
+            return None
         return _Block(file, path, begin, faults)
 
     def _spans(

@@ -58,7 +58,7 @@ class FetchCounters:
 
     @property
     def news(self) -> int:
-        """Changes whenever blocks have come."""
+        """Changes whenever blocks have come; 0 until the cache is open."""
         return int(self._numbers[_NEWS])
 
     def tell_news(self) -> None:
@@ -84,7 +84,7 @@ class FetchCounters:
 
     def restart(self) -> None:
         """A download process begins, which has not failed and knows of no whole shards."""
-        self._numbers[_WHOLES] = 0
+        self._numbers[[_NEWS, _WHOLES]] = 0
         _LENGTH.pack_into(self._memory, _NUMBERS * 8, 0)
 
     def fail(self, message: str) -> None:

@@ -12,9 +12,9 @@ import zstandard
 
 from loaders.fetch.blocks import Fault
 from shardify.errors import FormatError
-from shardify.format.headers import BLOCK, EXTENSIONS, parse_header
+from shardify.format.headers import BLOCK, REGULAR, parse_header
 from shardify.format.sidecar import numbers_of, read_sidecar
-from shardify.format.tar import padding, read_members, read_samples, split_name
+from shardify.format.tar import padding, read_members, split_name
 from shardify.format.zstd import decompress_frame
 
 IntArray = npt.NDArray[np.int64]
@@ -176,30 +176,21 @@ def _frame(span: memoryview, at: int) -> bytes | Fault:
 
 
 def _check_headers(data: memoryview, begin: int) -> tuple[int, list[Fault]]:
-    samples = good = 0
-    try:
-        for _, members in read_samples(data, where="the sample"):
-            samples += 1
-            del members
-    except FormatError as error:
-        good = _good_until(data)
-        return samples, [Fault(begin + good, begin + len(data), str(error))]
-    return samples, []
-
-
-def _good_until(data: memoryview) -> int:
-    """Where the first sample that is not right begins: members are taken one by one, as far as they go."""
-    at = begin = 0
+    at = samples = 0
     key = None
-    while (header := parse_header(data, at)) is not None:
+    while at < len(data):
+        header = parse_header(data, at)
+        if header is None:
+            return samples, [Fault(begin + at, begin + len(data), f"no tar header at byte {begin + at}")]
         name, size, kind = header
+        end = at + BLOCK + size + padding(size)
+        if end > len(data):
+            return samples, [Fault(begin + at, begin + len(data), f"member {name!r} reaches too far")]
         found = split_name(name)
-        if kind not in EXTENSIONS and found is not None and found[0] != key:
-            key, begin = found[0], at
-        at += BLOCK + size + padding(size)
-        if at >= len(data):
-            break
-    return begin
+        if kind in REGULAR and found is not None and found[0] != key:
+            key, samples = found[0], samples + 1
+        at = end
+    return samples, []
 
 
 def _check_frames(data: memoryview, begin: int) -> tuple[int, list[Fault]]:
