@@ -18,9 +18,9 @@ from loaders.mixture import Mixture
 from loaders.text import ByteTokenizer, LlavaText
 from shardify.errors import FormatError, TextError, UsageError
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fetching import load
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "shardify")]
 from tars import record, write_tars
+from web import running_nginx
 
 TEXT = LlavaText(ByteTokenizer())
 
@@ -187,12 +187,11 @@ def test_a_text_without_a_name_is_refused(tmp_path):
 
 
 def test_remote_records_are_read_by_ranges(tmp_path, made):
-    web = load("web", "shardify")
     samples = [
         made.Made([b"\x89PNG\r\n\x1a\n" + bytes(400_000)] * (i % 2), record(i, i % 2)) for i in range(30)
     ]
     made.write(tmp_path / "root" / "data", samples, shards=2)
-    with web.running_nginx(tmp_path / "root", tmp_path / "nginx") as url:
+    with running_nginx(tmp_path / "root", tmp_path / "nginx") as url:
         dataset = open_dataset(f"{url}/data")
         lengths, _ = token_lengths(dataset, TEXT).measure(np.arange(30))
         assert lengths.tolist() == [len(TEXT(s.record).input_ids) for s in samples]
