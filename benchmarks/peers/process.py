@@ -60,7 +60,12 @@ class Contender:
         python = interpreter(module)
         assert python is not None
         self._module, self._log = module, log
-        environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TQDM_DISABLE": "1",
+        }
         with log.open("w") as errors:
             self._process = subprocess.Popen(
                 [python, "-m", "benchmarks.peers.serve", module],
@@ -74,18 +79,19 @@ class Contender:
             )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Continue it, ask, and stop it after its answer."""
+        """Continue it, ask, and wait until it has answered and stopped."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(request, default=str) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
-        if not line:
+        if line:
+            ended = os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if not line or ended.si_code != os.CLD_STOPPED:
             self._process.wait()
             end = "\n".join(self._log.read_text(errors="replace").splitlines()[-30:])
             raise RuntimeError(f"{self._module} ended with status {self._process.returncode}:\n{end}")
-        self._signal(signal.SIGSTOP)
         return json.loads(line)
 
     def measure(self, seconds: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The inside of a contender: answers requests, a line of JSON each, until its input ends.
+"""The inside of a contender: answers requests, a line of JSON each, until its input ends; after each it stops itself and its workers.
 
 python -m benchmarks.peers.serve MODULE
 
@@ -10,6 +10,7 @@ python -m benchmarks.peers.serve MODULE
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from importlib.metadata import version
@@ -75,6 +76,9 @@ def main(name: str) -> None:
             answer = _consume(batches, turns * workers)
             rate = answer["samples"] / answer["seconds"]
         print(json.dumps(answer), file=answers)
+        os.killpg(
+            0, signal.SIGSTOP
+        )  # here, before workers fill queues that the next measurement would find full
 
 
 if __name__ == "__main__":

@@ -1,0 +1,189 @@
+"""Plots and tables in docs/ from the results: docs/loading.svg, docs/shuffle.svg, and the tables between markers.
+
+.venv-peers/bin/python -m benchmarks.plot        # needs matplotlib
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
+OURS, GREY, BLUE, LIGHT = "#c0392b", "#555555", "#2c6fad", "#9cc3e6"
+CLASSES = {"640x480": "640x480-class", "336": "336-class"}
+
+
+def results(name: str) -> dict[str, Any]:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(figure: Any, name: str) -> None:
+    """As SVG that is the same for the same results."""
+    figure.savefig(DOCS / name, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    plt.close(figure)
+    print(f"docs/{name}")
+
+
+def plot_loading(loading: dict[str, Any]) -> None:
+    classes = [name for name in CLASSES if name in loading]
+    figure, axes = plt.subplots(1, len(classes), figsize=(5.5 * len(classes), 4.6), squeeze=False)
+    for axis, name in zip(axes[0], classes, strict=True):
+        medians = dict(sorted(loading[name]["median"].items(), key=lambda item: item[1]))
+        colours = [_colour(contender) for contender in medians]
+        bars = axis.barh(list(medians), list(medians.values()), color=colours)
+        axis.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+        axis.set_title(f"{CLASSES[name]} photographs", fontsize=10)
+        axis.set_xlabel("samples/s", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    save(figure, "loading.svg")
+
+
+def _colour(contender: str) -> str:
+    if contender == "kernel alone":
+        return GREY
+    if contender == "StreamingLoader":
+        return OURS
+    return LIGHT if contender.endswith(", Pillow") else BLUE
+
+
+def plot_shuffle(found: dict[str, Any]) -> None:
+    shown = {
+        "full": GREY,
+        "block (default)": OURS,
+        "webdataset, buffer of 1,000": BLUE,
+        "MosaicML py1e, 2^18": "#e0a030",
+        "MosaicML py1s": "#3a9d5d",
+    }
+    shown = {name: colour for name, colour in shown.items() if name in found["orders"]}
+    figure, (near, places) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for name, colour in shown.items():
+        curve = found["orders"][name]["neighbours_by_distance"]
+        floor = found["uniform"]["next_neighbours"] / 3
+        near.loglog(
+            [int(d) for d in curve], [max(share, floor) for share in curve.values()], color=colour, label=name
+        )
+    near.axhline(found["uniform"]["next_neighbours"], color="black", linewidth=0.8, linestyle=":")
+    near.set_xlabel("samples apart on a rank", fontsize=9)
+    near.set_title("share that was stored in the same 32 (dotted: uniform)", fontsize=10)
+    near.legend(fontsize=8)
+    for row, (name, colour) in enumerate(shown.items()):
+        at = [place / found["samples"] for place in found["orders"][name]["a_quarter_in"]]
+        places.scatter(at, [row] * len(at), s=14, marker="|", color=colour, linewidth=0.5)
+    places.set_yticks(range(len(shown)), list(shown), fontsize=8)
+    places.invert_yaxis()
+    places.set_xlim(0, 1)
+    places.set_xlabel("place in the data set", fontsize=9)
+    places.set_title("where 16 global batches in a row come from, a quarter into the epoch", fontsize=10)
+    for axis in (near, places):
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    save(figure, "shuffle.svg")
+
+
+def loading_table(loading: dict[str, Any]) -> str:
+    """Median rates and, in brackets, CPU milliseconds a sample."""
+    classes = [name for name in CLASSES if name in loading]
+    rows = ["| samples/s (over the kernel) | " + " | ".join(CLASSES[name] for name in classes) + " |"]
+    rows.append("|---|" + "---|" * len(classes))
+    for contender in loading[classes[0]]["median"]:
+        cells = []
+        for name in classes:
+            rates = [each[contender] / each["kernel alone"] for each in loading[name]["rounds"]]
+            median = sorted(rates)[len(rates) // 2]
+            cells.append(f"{loading[name]['median'][contender]:,.0f} ({median:.2f})")
+        rows.append(f"| {contender} | " + " | ".join(cells) + " |")
+    rows += ["", "| StreamingLoader over | " + " | ".join(CLASSES[name] for name in classes) + " |"]
+    rows.append("|---|" + "---|" * len(classes))
+    for key in loading[classes[0]]["ratios"]:
+        cells = [
+            f"{(ratio := loading[name]['ratios'][key])['ratio']:.2f}"
+            + ("" if ratio["over"] == key else f" ({ratio['over'].rpartition(',')[0]})")
+            for name in classes
+        ]
+        rows.append(f"| {key} | " + " | ".join(cells) + " |")
+    kernel = " and ".join(f"{loading[name]['kernel_milliseconds']:.2f} ms" for name in classes)
+    rows += ["", f"The kernel takes {kernel} a sample and core."]
+    return "\n".join(rows)
+
+
+def raw_table(raw: dict[str, Any]) -> str:
+    classes = [name for name in CLASSES if name in raw]
+    rows = ["| samples/s (StreamingLoader over it) | " + " | ".join(CLASSES[name] for name in classes) + " |"]
+    rows.append("|---|" + "---|" * len(classes))
+    for contender in raw[classes[0]]["median"]:
+        cells = []
+        for name in classes:
+            ratio = raw[name]["ratios"].get(contender, {"ratio": 1.0})["ratio"]
+            cells.append(f"{raw[name]['median'][contender]:,.0f} ({ratio:.1f})")
+        rows.append(f"| {contender} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def shuffle_table(found: dict[str, Any]) -> str:
+    columns = {
+        "batch_neighbours": "pairs of a rank's batch",
+        "global_batch_neighbours": "pairs of a global batch",
+        "correlation": "correlation",
+        "displacement_ks": "displacement, KS",
+        "chi_square_batch": "chi-square, rank's batch",
+        "chi_square_global_batch": "global batch",
+        "chi_square_window": "32 global batches",
+        "open_share": "open",
+    }
+    rows = ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
+    for name, measures in (*found["orders"].items(), ("uniform", found["uniform"])):
+        rows.append(f"| {name} | " + " | ".join(_cell(column, measures) for column in columns) + " |")
+    return "\n".join(rows)
+
+
+def _cell(column: str, measures: dict[str, float]) -> str:
+    value = measures.get(column)
+    if value is None:
+        return ""
+    if column.endswith("neighbours") or column == "open_share":
+        return f"{100 * value:.2g} %" if value < 0.995 else "100 %"
+    return (
+        f"{value:.3f}"
+        if column in ("correlation", "displacement_ks")
+        else f"{value:,.2f}"
+        if value < 10
+        else f"{value:,.0f}"
+    )
+
+
+def put(path: Path, marker: str, table: str) -> None:
+    """Replace what stands between `<!-- marker -->` and `<!-- end -->`."""
+    text = path.read_text()
+    pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- end -->)", re.DOTALL)
+    changed, count = pattern.subn(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+    if not count:
+        raise SystemExit(f"{path}: no <!-- {marker} --> ... <!-- end -->")
+    path.write_text(changed)
+    print(f"{path.relative_to(ROOT)}: {marker}")
+
+
+def main() -> None:
+    mpl.rcParams["svg.hashsalt"] = "shardify"
+    if loading := results("loading"):
+        plot_loading(loading)
+        put(DOCS / "performance.md", "loading", loading_table(loading))
+    if raw := results("raw"):
+        put(DOCS / "performance.md", "raw", raw_table(raw))
+    if shuffle := results("shuffle"):
+        plot_shuffle(shuffle["orders"])
+        put(DOCS / "order.md", "shuffle", shuffle_table(shuffle["orders"]))
+
+
+if __name__ == "__main__":
+    main()
