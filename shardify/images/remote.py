@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shardify.errors import PackError, SourceError
+from shardify.errors import ImageError, PackError, SourceError
 from shardify.format import objects
 from shardify.format.child import in_child
 from shardify.format.urls import WRITABLE, join_url, shown, split_url
@@ -21,6 +21,7 @@ from shardify.images.stores import (
     ImageStore,
     Location,
     OpenFile,
+    changed,
     check_size,
     missing_rows,
 )
@@ -110,25 +111,30 @@ class RemoteStore:
 
 
 class ObjectFile(OpenFile):
-    """An object of `size` bytes as a file that is read by position, one request a read.
+    """An object as a file that is read by position, one request a read.
 
     Args:
         path: its URL.
-        size: in bytes.
+        entry: what its store says of it.
     """
 
-    __slots__ = ("size",)
+    __slots__ = ("entry",)
 
-    def __init__(self, path: str, size: int) -> None:
+    def __init__(self, path: str, entry: objects.Entry) -> None:
         super().__init__(path)
-        self.size = size
+        self.entry = entry
 
-    def __reduce__(self) -> tuple[type, tuple[str, int]]:
-        return type(self), (self.path, self.size)
+    def __reduce__(self) -> tuple[type, tuple[str, objects.Entry]]:
+        return type(self), (self.path, self.entry)
 
     def read(self, size: int, offset: int) -> bytes:
         """See `OpenFile`."""
-        return objects.get_range(self.path, offset, max(0, min(size, self.size - offset)))
+        return objects.get_range(self.path, offset, max(0, min(size, self.entry.size - offset)))
+
+    def require_unchanged(self) -> None:
+        """Raises PackError when the object is another one by now."""
+        if objects.entry(self.path) != self.entry:
+            raise changed(shown(self.path))
 
 
 class _Window(OpenFile):
@@ -158,15 +164,20 @@ class RemoteZipReader(ZipReader):
         file: the archive.
     """
 
-    def __init__(self, file: OpenFile) -> None:
+    def __init__(self, file: ObjectFile) -> None:
         super().__init__(file.path)
-        self.file = file
+        self.file: ObjectFile = file
 
     def read(self, name: str, location: Location) -> bytes:
         """See `ImageReader`."""
         member = ZipReader(self.file.path)
         member.file = _Window(self.file, location.offset, _HEADER_ROOM + location.stored)
-        return member.read(name, location)
+        try:
+            return member.read(name, location)
+        except ImageError as error:
+            if error.code == "image-damaged":
+                self.file.require_unchanged()
+            raise
 
 
 def open_remote(url: str, mount: str = "") -> ImageStore:
@@ -179,9 +190,9 @@ def open_remote(url: str, mount: str = "") -> ImageStore:
     listable = split_url(url).scheme in WRITABLE
     ending = url.lower().rstrip("/")
     try:
-        if ending.endswith((_ZIP, *_OTHER_ARCHIVES)) and (size := objects.size(url)) is not None:
+        if ending.endswith((_ZIP, *_OTHER_ARCHIVES)) and (entry := objects.entry(url)) is not None:
             if ending.endswith(_ZIP):
-                return in_child(_open_zip, url, mount, size)
+                return in_child(_open_zip, url, mount, entry)
             raise SourceError(
                 f"{shown(url)}: of archives in object stores only zips can be read in place; copy this one to a disk, or unpack it into a prefix"
             )
@@ -197,5 +208,5 @@ def open_remote(url: str, mount: str = "") -> ImageStore:
     return RemoteStore(url, mount, Listing(found.names, found.ends), found.sizes)
 
 
-def _open_zip(url: str, mount: str, size: int) -> ArchiveStore:
-    return read_zip(url, mount, RemoteZipReader(ObjectFile(url, size)), size)
+def _open_zip(url: str, mount: str, entry: objects.Entry) -> ArchiveStore:
+    return read_zip(url, mount, RemoteZipReader(ObjectFile(url, entry)), entry.size)

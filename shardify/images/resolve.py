@@ -183,8 +183,8 @@ class Resolver:
             found = place.store.find(names)
             held = found["store"] != MISSING
             found["store"], found["rule"], found["how"] = number, rule, BY_PREFIX if rule else EXACT
-            # what cannot be looked at may still be somewhere else
-            seen = held & (found["method"] != UNSEEN)
+            # what cannot be looked at, or not be read, may still be somewhere else
+            seen = held & np.isin(found["method"], _READABLE) & (found["method"] != UNSEEN)
             unseen = held & ~seen & (rows["store"][owners[chosen]] == MISSING)
             for some in (seen, unseen):
                 rows[owners[chosen[some]]] = found[some]

@@ -267,10 +267,7 @@ class OpenFile:
         opened = os.open(self.path, READ_FLAGS)
         if self.stamp not in (None, _stamp(os.fstat(opened))):
             os.close(opened)
-            raise PackError(
-                f"{self.path}: has changed since packing began, so that its images cannot be told apart any more; the same command again "
-                "continues with what it was, what it is now may need another --out"
-            )
+            raise changed(self.path)
         return opened
 
 
@@ -319,6 +316,14 @@ def check_size(size: int) -> None:
     """
     if size > MAX_IMAGE_BYTES:
         raise ImageError("image-too-large", f"{size} bytes; the limit is {MAX_IMAGE_BYTES}")
+
+
+def changed(path: str) -> PackError:
+    """The error for an archive that is not the one whose members were located."""
+    return PackError(
+        f"{path}: has changed since packing began, so that its images cannot be told apart any more; the same command again "
+        "continues with what it was, what it is now may need another --out"
+    )
 
 
 def outage(path: str, error: OSError) -> PackError:

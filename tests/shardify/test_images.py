@@ -128,6 +128,14 @@ def test_a_name_that_the_file_system_does_not_take_is_no_outage(tmp_path, fault)
     assert located.codes == ["image-missing"]
 
 
+def test_a_member_that_cannot_be_read_is_taken_from_a_later_place(tmp_path):
+    packed = make_zip(tmp_path / "packed.zip", {"a.jpg": JPEG}, zipfile.ZIP_LZMA)
+    plain = make_zip(tmp_path / "plain.zip", {"a.jpg": JPEG})
+    for places, expected in (([packed, plain], (1, "")), ([packed], (0, "image-unreadable"))):
+        located = Resolver(places, [()]).locate(["a.jpg"], 0)
+        assert (int(located.rows["store"][0]), located.codes[0]) == expected
+
+
 def make_zip(path, members, method=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, data in members.items():

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -16,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from shardify.errors import ImageError, PackError
+from shardify.images.stores import Location, open_store
 
 _spec = importlib.util.spec_from_file_location("s3", Path(__file__).parent / "s3.py")
 s3 = importlib.util.module_from_spec(_spec)
@@ -315,6 +319,29 @@ def test_an_image_that_has_gone_since_it_was_listed(server, expected, temporary)
         failed = run(remote("s3://lab/gone"), environment(proxy.server, temporary))
     assert failed.returncode == 1
     assert "photo 7 ü#.jpg: has gone since it was listed" in failed.stderr
+
+
+def test_a_zip_that_changes_while_it_is_packed_costs_no_record(server, monkeypatch):
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+
+    def put(names):
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as archive:
+            for name in names:
+                archive.writestr(name, name * 9)
+        server.client.put_object(Bucket="lab", Key="changes.zip", Body=content.getvalue())
+
+    put(["a.jpg", "b.jpg"])
+    store = open_store("s3://lab/changes.zip")
+    located = [Location(*row[:5]) for row in store.find(["a.jpg", "b.jpg"]).tolist()]
+    reader = pickle.loads(pickle.dumps(store.reader))
+    assert [reader.read("", place) for place in located] == [b"a.jpg" * 9, b"b.jpg" * 9]
+    with pytest.raises(ImageError, match="image-damaged: its checksum"):
+        reader.read("", located[0]._replace(crc=1))
+    put(["b.jpg", "a.jpg"])
+    with pytest.raises(PackError, match=r"s3://lab/changes\.zip: has changed since packing began"):
+        reader.read("", located[0])
 
 
 @pytest.mark.parametrize(
