@@ -18,7 +18,8 @@ from loaders.mixture import Mixture
 from loaders.text import ByteTokenizer, LlavaText
 from shardify.errors import FormatError, TextError, UsageError
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "shardify")]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "shardify"))
 from tars import record, write_tars
 from web import running_nginx
 
