@@ -1,4 +1,4 @@
-# make shards | train | test | interop | bench | lint   each sets up .venv first, when it is missing or its requirements changed
+# make shards | train | test | interop | bench | bench-peers | lint   each sets up .venv first, when it is missing or its requirements changed
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ PACK_OPTIONS ?=
 NPROC ?= 2
 TRAIN_OPTIONS ?=
 
-.PHONY: shards train test interop bench lint clean
+.PHONY: shards train test interop bench bench-peers lint clean
 
 shards: $(READY)
 ifeq ($(strip $(RECORDS)),)
@@ -36,6 +36,14 @@ interop: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
+# against other loaders, in .venv-peers; then the plots and tables of docs/
+bench-peers: $(READY)
+	benchmarks/peers/setup.sh
+	$(BIN)/python -m benchmarks.loading
+	$(BIN)/python -m benchmarks.raw
+	$(BIN)/python -m benchmarks.shuffle
+	.venv-peers/bin/python -m benchmarks.plot
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -51,4 +59,4 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-interop build *.egg-info demo
+	rm -rf $(VENV) .venv-interop .venv-peers build *.egg-info demo

@@ -70,6 +70,7 @@ def described(order: IntArray, *, samples: int, unit: int) -> dict[str, Any]:
     """All measures of an order, int64 [steps, world, batch]; `unit` is how many neighbours its loader fetches together."""
     order = order[(order >= 0).all(axis=(1, 2))]  # whole batches
     steps, world, batch = order.shape
+    window = min(WINDOW, steps)
     streams = order.transpose(1, 0, 2).reshape(world, -1)  # of each rank
     stored = order.transpose(0, 2, 1).reshape(-1)  # over all ranks, a sample of each in turn
     moved = np.abs(stored - np.arange(len(stored))) / samples
@@ -84,7 +85,7 @@ def described(order: IntArray, *, samples: int, unit: int) -> dict[str, Any]:
         "chi_square_batch": _imbalance(order.reshape(-1, batch), samples),
         "chi_square_global_batch": _imbalance(order.reshape(steps, -1), samples),
         "chi_square_window": _imbalance(
-            order[: steps // WINDOW * WINDOW].reshape(max(1, steps // WINDOW), -1), samples
+            order[: steps // window * window].reshape(steps // window, -1), samples
         ),
         "open_share": _open(order.reshape(steps, -1) // unit, samples // unit),
     }
