@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -85,13 +85,8 @@ class Sample:
     strict: bool
 
 
-class Measured(NamedTuple):
-    """What a shard's index tells of a record: see `Sample`; `turns` is how many there are."""
-
-    id: str | None
-    turns: int
-    words: int
-    strict: bool
+Measured: TypeAlias = tuple[str | None, int, int, bool]
+"""What a shard's index tells of a record: `id`, number of turns, `words` and `strict` of its `Sample`."""
 
 
 class _Turn(msgspec.Struct):
@@ -174,10 +169,9 @@ def measure_record(data: bytes | memoryview) -> Measured:
                 words = 0
                 for turn in turns:
                     words += len(turn.value.split())
-                id_ = bytes(record.id)
-                return Measured(id_.decode() if id_ else None, len(turns), words, True)
+                return str(record.id, "utf-8") or None, len(turns), words, True
     sample = parse_record(data)
-    return Measured(sample.id, len(sample.turns), sample.words, sample.strict)
+    return sample.id, len(sample.turns), sample.words, sample.strict
 
 
 def load_record(data: bytes | memoryview) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from shardify.format.headers import BLOCK, as_text, says_nothing
 
-MOST_HEADERS = 1024
-"""Checked together: what stays in the processor's cache."""
+MOST_HEADERS = 512
+"""Checked together: what stays in the processor's cache, and is no new memory from the system each time."""
 
 
 class Glanced(NamedTuple):
@@ -31,14 +31,17 @@ NOTHING = Glanced([], [], [], [])
 
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-# size, type, magic
-_NEXT = struct.Struct("124x11s21xc100x5s250x")
-_MAGIC = b"ustar"
-_NAME, _SIZE, _CHECKSUM, _KIND, _PREFIX = slice(0, 100), slice(124, 135), slice(148, 154), 156, 345
+_SIZE = struct.Struct("124x11s377x")
+_NAME, _DIGITS, _KIND, _MAGIC, _PREFIX = slice(0, 100), np.r_[124:135, 148:154], 156, slice(257, 262), 345
+_USTAR = np.frombuffer(b"ustar", np.uint8)
 _REGULAR, _PAX = b"0x"
-_WEIGHTS = 8.0 ** np.arange(11)[::-1]
 _LANES = np.uint64(0x00FF00FF00FF00FF)
 _ADDED = 128  # headers at a time: of a few pages each, all operands stay in the innermost cache
+# of the 17 digits of size and checksum: both numbers, and the sum of the checksum's digits
+_WEIGHTS = np.zeros((17, 3))
+_WEIGHTS[:11, 0] = 8.0 ** np.arange(11)[::-1]
+_WEIGHTS[11:, 1] = 8.0 ** np.arange(6)[::-1]
+_WEIGHTS[11:, 2] = 1
 
 
 def glance(view: memoryview) -> tuple[Glanced, int]:
@@ -51,20 +54,26 @@ def glance(view: memoryview) -> tuple[Glanced, int]:
     if not followed:
         return NOTHING, 0
     blocks = np.frombuffer(view, np.uint8, len(view) // BLOCK * BLOCK).reshape(-1, BLOCK)
-    places = np.array(followed)
+    places = np.fromiter(followed, np.int64, len(followed)) // BLOCK
     heads = blocks[places]
-    sizes, good = _octal(heads, _SIZE)
-    sums, readable = _octal(heads, _CHECKSUM)
-    stated = sums - 8 * 0x20 + heads[:, 148:156].sum(axis=1, dtype=np.int64)
+    digits = heads[:, _DIGITS] - np.uint8(ord("0"))
+    sizes, sums, digit_sums = (digits.astype(np.float64) @ _WEIGHTS).astype(np.int64).T
+    good = (
+        (np.ascontiguousarray(digits.T).max(axis=0) < 8)
+        & _ends_number(heads[:, 135])
+        & _ends_number(heads[:, 154])
+    )
+    # the sum is made with its own field as blanks
+    stated = sums + digit_sums + 6 * ord("0") + heads[:, 154] + heads[:, 155] - 8 * ord(" ")
     kinds = heads[:, _KIND]
     pax = kinds == _PAX
-    good &= readable & (_sums(heads) == stated)
+    good &= (_sums(heads) == stated) & (heads[:, _MAGIC] == _USTAR).all(axis=1)
     good &= ((kinds == _REGULAR) & (heads[:, _PREFIX] == 0)) | (pax & (sizes <= BLOCK))
     # each stands where the one before says; a PAX header belongs to a file
     ends = places + 1 + (sizes + BLOCK - 1) // BLOCK
     good[1:] &= places[1:] == ends[:-1]
     good[:-1] &= ~pax[:-1] | ~pax[1:]
-    good[-1] &= ends[-1] == end
+    good[-1] &= ends[-1] * BLOCK == end
     taken = len(good) if good.all() else int(np.argmin(good))
     taken = _saying_nothing(blocks, places[:taken], sizes[:taken], pax[:taken])
     if taken and pax[taken - 1]:
@@ -79,21 +88,23 @@ def glance(view: memoryview) -> tuple[Glanced, int]:
 
 
 def _follow(view: memoryview) -> tuple[list[int], int]:
-    """The numbers of the blocks that seem to be headers, from one to the next, and of the block where the last one's data ends."""
+    """Where headers seem to be, from one to the next by their sizes, as far as their data lies in the view, and where the last one's ends."""
     places: list[int] = []
-    unpack, magic, append, count = _NEXT.unpack_from, _MAGIC, places.append, len(view) // BLOCK
-    place = 0
+    unpack, append, last, at, before = _SIZE.unpack_from, places.append, len(view) - BLOCK, 0, 0
     try:
-        while place < count and len(places) < MOST_HEADERS:
-            digits, _, found = unpack(view, place * BLOCK)
-            following = place + 1 + (int(digits, 8) + BLOCK - 1) // BLOCK
-            if found != magic or following > count:
+        for _ in range(MOST_HEADERS):
+            if at > last:
                 break
-            append(place)
-            place = following
-    except ValueError:
-        pass  # no octal digits
-    return places, place
+            (digits,) = unpack(view, at)
+            following = at + (int(digits, 8) + 2 * BLOCK - 1 & -BLOCK)
+            append(at)
+            before, at = at, following
+    except (ValueError, struct.error):
+        pass  # no octal digits, or digits that lead nowhere
+    if at > len(view):
+        places.pop()
+        at = before
+    return places, at
 
 
 def _saying_nothing(
@@ -123,12 +134,9 @@ def _texts(names: _Bytes) -> list[str]:
     return [name.decode("utf-8", "backslashreplace") for name in cut]
 
 
-def _octal(heads: _Bytes, field: slice) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """The numbers of a field that is all digits up to its end, and which ones are."""
-    digits = heads[:, field] - np.uint8(ord("0"))
-    behind = heads[:, field.stop]
-    numbers = (digits.astype(np.float64) @ _WEIGHTS[-digits.shape[1] :]).astype(np.int64)
-    return numbers, (digits.max(axis=1, initial=0) < 8) & ((behind == 0) | (behind == ord(" ")))
+def _ends_number(column: _Bytes) -> npt.NDArray[np.bool_]:
+    found: npt.NDArray[np.bool_] = (column == 0) | (column == ord(" "))
+    return found
 
 
 def _sums(heads: _Bytes) -> npt.NDArray[np.int64]:

@@ -4,6 +4,7 @@ A file that is cut while it is mapped, or a disk that fails, ends the process by
 """
 
 import ctypes
+import errno
 import mmap
 import os
 from io import FileIO
@@ -34,6 +35,9 @@ class MappedWindow:
 
     Attributes:
         digest: xxh3_128 of what was passed over so far.
+
+    Raises:
+        OSError: it cannot be mapped, as in some file systems.
     """
 
     partial = False
@@ -47,6 +51,8 @@ class MappedWindow:
         self._part = memoryview(b"")
         self._begin = 0  # of the part
         self._thread: Thread | None = None
+        if self.total:
+            self._map(PART_BYTES)
 
     def advance(self, used: int, need: int) -> memoryview:
         """See `Window`."""
@@ -62,15 +68,16 @@ class MappedWindow:
         """See `Window`."""
         while self.hashed < end:
             at = self.hashed - self._begin
-            some = self._part[at : at + max(_STRIDE, min(end - self.hashed, _STRIDE))]
+            some = self._part[at : at + _STRIDE]
             self.digest.update(some)
             self.hashed += len(some)
 
     def close(self) -> None:
-        """Wait for the thread; what was given out keeps its memory mapped."""
+        """Give up the part; what was given out of it can still be read."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            Thread(target=_forget, args=(self._part,), daemon=True).start()
         self._part = memoryview(b"")
 
     def _map(self, size: int) -> None:
@@ -79,9 +86,20 @@ class MappedWindow:
         self.close()
         self._begin = self.base - self.base % mmap.ALLOCATIONGRANULARITY
         size = min(size + self.base - self._begin, self.total - self._begin)
-        self._part = memoryview(
-            mmap.mmap(self._file.fileno(), size, mmap.MAP_SHARED, mmap.PROT_READ, offset=self._begin)
-        )
-        address = np.frombuffer(self._part, np.uint8).ctypes.data
-        self._thread = Thread(target=_libc.madvise, args=(address, size, _MADV_POPULATE_READ), daemon=True)
+        try:
+            pages = mmap.mmap(self._file.fileno(), size, mmap.MAP_SHARED, mmap.PROT_READ, offset=self._begin)
+        except ValueError as error:  # Python looks at the file's size
+            raise OSError(errno.EIO, "became shorter while it was read") from error
+        self._part = memoryview(pages)
+        self._thread = Thread(target=_advise, args=(self._part, _MADV_POPULATE_READ), daemon=True)
         self._thread.start()
+
+
+def _advise(part: memoryview, advice: int) -> None:
+    """madvise(2), without Python's lock; what it cannot do is not needed."""
+    _libc.madvise(np.frombuffer(part, np.uint8).ctypes.data, len(part), advice)
+
+
+def _forget(part: memoryview) -> None:
+    """Take the pages out of the page tables, which costs as much again as half of mapping them; the mapping goes with its last reference."""
+    _advise(part, mmap.MADV_DONTNEED)

@@ -5,6 +5,7 @@ The file is read once, front to back, in blocks that stay in the processor's cac
 
 import os
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
@@ -68,7 +69,7 @@ def scan_shard(path: str | os.PathLike[str], *, name: str, mapped: bool = False)
 
 
 def _scan_tar(file: FileIO, rows: "_Rows", where: str, *, mapped: bool) -> str:
-    window = MappedWindow(file) if mapped else FileWindow(file)
+    window = _open_window(file, mapped=mapped)
     try:
         for run in walk(window, where):
             rows.add(run)
@@ -76,6 +77,13 @@ def _scan_tar(file: FileIO, rows: "_Rows", where: str, *, mapped: bool) -> str:
         window.close()
     rows.end()
     return window.digest.hexdigest()
+
+
+def _open_window(file: FileIO, *, mapped: bool) -> MappedWindow | FileWindow:
+    if mapped:
+        with suppress(OSError):
+            return MappedWindow(file)
+    return FileWindow(file)
 
 
 def _scan_frames(file: FileIO, rows: "_Rows", where: str) -> str:
@@ -106,6 +114,9 @@ def _scan_frames(file: FileIO, rows: "_Rows", where: str) -> str:
     return hash_file(where)
 
 
+_NO_RECORD: Measured = (None, 0, 0, True)
+
+
 class _Rows:
     """The rows as they become complete.
 
@@ -120,8 +131,10 @@ class _Rows:
         self._fields: set[str] = set()
         self._begin = self._end = 0
         self._frame: tuple[int, int] | None = None
-        self._record: Measured | None = None
-        self._members = 0  # up to its end
+        self._record = _NO_RECORD
+        # of all so far
+        self._members = self._images = 0
+        self._ended: list[tuple[str, str | None, int, int, int, int]] = []
         self.key: str | None = None
         self.builder = SidecarBuilder()
         self.spans = array("q")
@@ -129,13 +142,12 @@ class _Rows:
 
     def add(self, run: Run, *, frame: tuple[int, int] | None = None) -> None:
         """Add members of this sample, and of those that follow; `frame` is where they lie and how many bytes, in a compressed shard."""
-        fields, key, before = self._fields, self.key, self._members
-        self.builder.add_members(run.fields, run.offsets, run.sizes, run.digests)
+        fields, key, before, found = self._fields, self.key, self._members, []
         for number, (this, field, data) in enumerate(zip(run.keys, run.fields, run.data, strict=True)):
             if this != key:
                 if number:
                     self._members, self._end = before + number, run.end(number - 1)
-                self.end()
+                self._end_row()
                 self.key = key = this
                 self._begin, self._frame = run.begins[number], frame
             elif field in fields:
@@ -145,35 +157,41 @@ class _Rows:
                 )
             fields.add(field)
             if field == RECORD_FIELD:
-                self._record = _read_record(data)
+                with suppress(RecordError):  # any other JSON
+                    self._record = measure_record(data)
             elif _is_image(field):
-                self.builder.add_image(field, *_look_into(field, data))
+                found.append((field, *_look_into(field, data)))
+                self._images += 1
         self._members, self._end = before + len(run.keys), run.end(-1)
+        self.builder.add_members(run.fields, run.offsets, run.sizes, run.digests)
+        if found:
+            self.builder.add_images(*map(list, zip(*found, strict=True)))
+        self._give_rows()
 
     def end(self) -> None:
-        """The row is complete, if there is one."""
+        """The row is complete, if there is one, and was the last."""
+        self._end_row()
+        self._give_rows()
+        self.key = None
+
+    def _end_row(self) -> None:
         if self.key is None:
             return
-        number = len(self.builder)
-        id_, turns, words, strict = self._record or _NO_RECORD
+        id_, turns, words, strict = self._record
         if not strict:
-            self.tolerant.append(number)
-        self.builder.end_row(self.key, id_, number, turns, words, self._source, members=self._members)
+            self.tolerant.append(len(self.builder) + len(self._ended))
+        self._ended.append((self.key, id_, turns, words, self._members, self._images))
         self.spans.extend(self._frame or (self._begin, self._end - self._begin))
         self._fields.clear()
-        self._record = self.key = None
+        self._record = _NO_RECORD
+
+    def _give_rows(self) -> None:
+        if self._ended:
+            self.builder.add_rows(*map(list, zip(*self._ended, strict=True)), source=self._source)
+            self._ended.clear()
 
 
 _is_image = lru_cache(maxsize=1024)(is_image_field)
-_NO_RECORD = Measured(id=None, turns=0, words=0, strict=True)
-
-
-def _read_record(data: memoryview) -> Measured | None:
-    """What is told of a LLaVA record; None for any other JSON."""
-    try:
-        return measure_record(data)
-    except RecordError:
-        return None
 
 
 def _look_into(field: str, data: memoryview) -> tuple[str, int, int]:

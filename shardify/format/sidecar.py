@@ -173,7 +173,8 @@ class SidecarBuilder:
         self._image_ends = array("i", [0])
         self._image_fields = array("I")
         self._image_formats = array("I")
-        self._images = array("i")  # width and height of each
+        self._image_widths = array("i")
+        self._image_heights = array("i")
 
     def __len__(self) -> int:
         """How many samples there are."""
@@ -206,38 +207,58 @@ class SidecarBuilder:
         self._member_hashes.append(xxh3_64)
 
     def add_members(self, fields: list[str], offsets: list[int], sizes: list[int], hashes: list[int]) -> None:
-        """Add many members, of one row or of some; `end_row` must say which are its."""
+        """Add the members of many rows; all of these rows are added by `add_rows`."""
         self._member_fields.extend(map(self._field_numbers.__getitem__, fields))
         self._member_offsets.fromlist(offsets)
         self._member_sizes.fromlist(sizes)
         self._member_hashes.fromlist(hashes)
 
+    def add_images(
+        self, fields: list[str], formats: list[str], widths: list[int], heights: list[int]
+    ) -> None:
+        """Add the images of many rows, likewise."""
+        self._image_fields.extend(map(self._field_numbers.__getitem__, fields))
+        self._image_formats.extend(map(self._format_numbers.__getitem__, formats))
+        self._image_widths.fromlist(widths)
+        self._image_heights.fromlist(heights)
+
+    def add_rows(  # noqa: PLR0917 - column by column
+        self,
+        keys: list[str],
+        ids: list[str | None],
+        turns: list[int],
+        words: list[int],
+        member_ends: list[int],
+        image_ends: list[int],
+        *,
+        source: str,
+    ) -> None:
+        """Append rows whose records are numbered as they come; each ends with that many of all members and of all images."""
+        self._records.extend(range(len(self), len(self) + len(keys)))
+        self._keys += keys
+        self._ids += ids
+        self._turns.fromlist(turns)
+        self._words.fromlist(words)
+        self._sources.extend([self._source_numbers[source]] * len(keys))
+        self._member_ends.fromlist(member_ends)
+        self._image_ends.fromlist(image_ends)
+
     def add_image(self, field: str, format: str, width: int, height: int) -> None:  # noqa: A002 - as the column
         """Add an image to the row that `end_row` ends; the arguments are those of `ImageInfo`."""
         self._image_fields.append(self._field_numbers[field])
         self._image_formats.append(self._format_numbers[format])
-        self._images.append(width)
-        self._images.append(height)
+        self._image_widths.append(width)
+        self._image_heights.append(height)
 
-    def end_row(  # noqa: PLR0917
-        self,
-        key: str,
-        id: str | None,  # noqa: A002 - as the column
-        record: int,
-        turns: int,
-        words: int,
-        source: str,
-        *,
-        members: int | None = None,
-    ) -> None:
-        """Append the row of the members and images added since the one before; `members` of all that were added, where not all are its."""
+    def end_row(self, key: str, id: str | None, record: int, turns: int, words: int, source: str) -> None:  # noqa: A002, PLR0917
+        """Append the row of the members and images added since the one before."""
         self._keys.append(key)
         self._ids.append(id)
         self._records.append(record)
         self._turns.append(turns)
         self._words.append(words)
         self._sources.append(self._source_numbers[source])
-        self._member_ends.append(len(self._member_hashes) if members is None else members)
+        self._member_ends.append(len(self._member_hashes))
         self._image_ends.append(len(self._image_fields))
 
     def encode(self, spans: npt.NDArray[np.int64], info: ShardInfo) -> memoryview:
@@ -247,7 +268,6 @@ class SidecarBuilder:
             spans: [samples, 2], offset and size of each sample.
             info: what else is known of the shard.
         """
-        images = np.array(self._images, np.int32).reshape(-1, 2)
         spans = np.asarray(spans, np.int64).reshape(len(self), 2)
         columns = {
             "key": _texts(self._keys),
@@ -271,8 +291,8 @@ class SidecarBuilder:
                 [
                     _strings(self._image_fields, self._field_numbers),
                     _strings(self._image_formats, self._format_numbers),
-                    _numbers(images[:, 0], pa.int32()),
-                    _numbers(images[:, 1], pa.int32()),
+                    _to_arrow(self._image_widths, pa.int32()),
+                    _to_arrow(self._image_heights, pa.int32()),
                 ],
             ),
             "turns": _to_arrow(self._turns, pa.int32()),

@@ -138,7 +138,7 @@ def measure_image(data: bytes | memoryview) -> tuple[str, int, int]:
         ImageError: as `probe`.
     """
     if data[:3] == _JPEG_START:
-        unpack, at, last = _MARKER.unpack_from, 2, len(data) - 9
+        unpack, at, last = _MARKER.unpack_from, 2, len(data) - 10
         while at <= last:
             prefix, marker, length = unpack(data, at)
             if prefix != 0xFF:

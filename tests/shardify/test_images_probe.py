@@ -16,7 +16,7 @@ from PIL import Image
 
 from shardify.errors import ImageError
 from shardify.format.names import IMAGE_FORMATS, is_image_field
-from shardify.images.probe import CHECKS, MAX_PIXELS, ImageHeader, probe, same_format
+from shardify.images.probe import CHECKS, MAX_PIXELS, ImageHeader, measure_image, probe, same_format
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
 
@@ -96,6 +96,35 @@ def test_claimed_sizes_are_bounded():
     assert code_of(bytes(png)) == "image-too-large"
     png[16:24] = struct.pack(">II", 0, 2)
     assert code_of(bytes(png)) == "image-empty"
+
+
+@given(
+    which=st.sampled_from(range(7)),
+    cut=st.integers(0, 700),
+    damage=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4),
+)
+def test_what_an_index_tells_is_what_probing_finds(which, cut, damage):
+    pictures = [
+        JPEG,
+        encoded("JPEG", progressive=True, comment=b"c" * 50, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0"),
+        encoded("JPEG", "CMYK"),
+        encoded("PNG"),
+        encoded("WEBP"),
+        encoded("GIF"),
+        b"",
+    ]
+    data = bytearray(pictures[which])
+    for at, byte in damage:
+        data[at : at + 1] = bytes([byte])
+    for content in (memoryview(data), memoryview(data)[:cut]):
+        try:
+            expected = probe(content, check="none")[:3]
+        except ImageError as error:
+            with pytest.raises(ImageError) as found:
+                measure_image(content)
+            assert (found.value.code, found.value.detail) == (error.code, error.detail)
+        else:
+            assert measure_image(content) == expected
 
 
 @given(

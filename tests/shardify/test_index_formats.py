@@ -9,15 +9,19 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from shardify import indexing
-from shardify.format.shards import scan_foreign
 from shardify.errors import FormatError, UsageError
+from shardify.format import mapped
+from shardify.format.shards import scan_foreign
 from shardify.format.tar import ShardWriter
 from shardify.indexing import index_shards
+from shardify.processes import Ended, each_in_process
 
 
 def make_tar(path, samples=4, *, tar_format=tarfile.USTAR_FORMAT, name="{}-{}"):
@@ -208,6 +212,52 @@ def test_a_killed_worker_is_an_error_that_names_its_shard(folder, monkeypatch):
         FormatError, match=r"00002\.tar: cannot be indexed: its process was ended with status -9"
     ):
         index(folder, workers=2)
+
+
+def test_a_shard_that_is_cut_while_it_is_mapped_ends_no_command(folder, monkeypatch):
+    """The first process is ended by SIGBUS; another one finds the shard as it is now."""
+    path = folder / "00002.tar"
+    path.write_bytes(path.read_bytes() + bytes(1 << 20))
+    advance = mapped.MappedWindow.advance
+
+    def cut_first(window, used, need):
+        view = advance(window, used, need)
+        if not used and window.total > 1 << 20:
+            os.truncate(path, 4096)
+        return view
+
+    monkeypatch.setattr(mapped.MappedWindow, "advance", cut_first)
+    with pytest.raises(FormatError, match=r"00002\.tar.*cut off"):
+        index(folder, workers=1)
+
+
+def test_only_the_item_to_blame_is_lost():
+    def work(item):
+        if item == 3:
+            os.kill(os.getpid(), 11)
+        done = Future()
+        if item == 2:  # still to be made when the next item ends the process
+            Timer(0.2, done.set_result, (20,)).start()
+        else:
+            done.set_result(10 * item)
+        return done
+
+    for workers in (1, 2, 4):
+        found = list(each_in_process(work, range(6), workers=workers))
+        assert found == [0, 10, 20, Ended(-11), 40, 50]
+
+
+def test_an_error_lets_others_finish(tmp_path):
+    def work(item):
+        if item == 0:
+            raise FormatError("first")
+        time.sleep(0.2)
+        (tmp_path / str(item)).touch()
+        return item
+
+    with pytest.raises(FormatError, match="first"):
+        list(each_in_process(work, range(9), workers=3))
+    assert {"1", "2"} <= set(os.listdir(tmp_path))
 
 
 def test_workers_do_not_outlive_a_killed_command(folder):

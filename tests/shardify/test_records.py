@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shardify.errors import RecordError
 from shardify.prepare import prepare
-from shardify.records import ImageRef, load_record, parse_record, sample_of
+from shardify.records import ImageRef, load_record, measure_record, parse_record, sample_of
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A  cat \n"}]
 
@@ -176,3 +176,47 @@ def test_unsafe_image_paths(path):
     with pytest.raises(RecordError) as error:
         ImageRef(path).parts()
     assert error.value.code == "image-path-unsafe"
+
+
+def check_measured(data):
+    """What an index tells is what the record says; both refuse it, or neither."""
+    try:
+        sample = parse_record(data)
+    except RecordError:
+        with pytest.raises(RecordError):
+            measure_record(memoryview(data))
+    else:
+        expected = (sample.id, len(sample.turns), sample.words, sample.strict)
+        assert measure_record(memoryview(data)) == measure_record(data) == expected
+
+
+@given(
+    id_=st.none() | st.text(max_size=5) | st.integers() | st.floats(),
+    image=st.sampled_from(
+        [None, "", "a.jpg", "a.mp4", "b", 3, [], ["a.jpg"], ["", "a.jpg"], ["a.mp4"], "data:x"]
+    ),
+    turns=st.none()
+    | st.lists(
+        st.builds(
+            lambda role, value: {"from": role, "value": value},
+            st.text(max_size=3),
+            st.text(max_size=20) | st.none(),
+        ),
+        max_size=3,
+    ),
+    more=st.dictionaries(
+        st.sampled_from(["video", "audio_path", "model", "videos"]), st.sampled_from(["", "x", None, [], 0])
+    ),
+    ascii_=st.booleans(),
+)
+def test_what_an_index_tells_is_what_the_record_says(id_, image, turns, more, ascii_):
+    written = {"id": id_, "image": image, "conversations": turns, **more}
+    check_measured(json.dumps(written, ensure_ascii=ascii_).encode("utf-8", "surrogatepass"))
+    written.pop("image")
+    check_measured(json.dumps(written, ensure_ascii=ascii_).encode("utf-8", "surrogatepass"))
+
+
+@given(data=st.binary(max_size=60))
+def test_an_index_reads_any_bytes(data):
+    check_measured(data)
+    check_measured(b'{"\\u0063onversations": [{"from": "a", "value": "b c"}], "x": "' + data + b'"}')

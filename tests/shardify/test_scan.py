@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shardify.errors import FormatError
+from shardify.format import mapped as mapped_module
 from shardify.format import walk as walk_module
 from shardify.format.scan import scan_shard
 from shardify.format.tar import ShardWriter, read_members, split_name
@@ -316,6 +317,8 @@ def test_windows_of_any_size_and_glances_see_the_same(tmp_path, monkeypatch):
     rows, info = scan(path)
     for window, parsed, glance in ((512, 1 << 20, 0), (1024, 1000, 2000), (3000, 1, 0), (1 << 20, 600, 0)):
         monkeypatch.setattr(walk_module, "CACHED_BYTES", window)
+        monkeypatch.setattr(mapped_module, "PIECE_BYTES", window)
+        monkeypatch.setattr(mapped_module, "PART_BYTES", 5 * window)
         monkeypatch.setattr(walk_module, "MAX_PARSED_BYTES", parsed)
         monkeypatch.setattr(walk_module, "GLANCE_BYTES", glance)
         assert scan(path) == scan(path, mapped=True) == (rows, info)
@@ -389,8 +392,50 @@ def test_what_is_no_tar_says_where(tmp_path, size):
     path = tmp_path / "a.tar"
     path.write_bytes(bytes(range(1, 251)) * 30)
     os.truncate(path, size)
-    with pytest.raises(FormatError, match="byte 0"):
-        scan_shard(path, name="a.tar")
+    for mapped in (False, True):
+        with pytest.raises(FormatError, match="byte 0"):
+            scan_shard(path, name="a.tar", mapped=mapped)
+
+
+def test_a_file_system_that_maps_no_files_has_them_read(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", [("1.jpg", picture()), ("1.json", RECORD)])
+    expected = scan(path)
+
+    def refuse(*_, **__):
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(mapped_module.mmap, "mmap", refuse)
+    assert scan(path, mapped=True) == expected
+
+
+def test_many_members_with_an_odd_one_here_and_there(tmp_path, monkeypatch):
+    """What is read many at a time and what is read one by one is the same, wherever the one turns into the other."""
+    members = []
+    for number in range(700):
+        long = "n" * 120 if number % 97 == 50 else ""
+        folder = "deep/er/" if number % 31 == 5 else ""
+        key = f"{folder}{long}{number:05d}" if number % 53 else f"__{number}__"
+        members += [(f"{key}.jpg", random.Random(number).randbytes(number * 3)), (f"{key}.json", RECORD)]
+    for tar_format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        fitting = [m for m in members if tar_format != tarfile.USTAR_FORMAT or len(m[0]) < 100]
+        path = tmp_path / f"{tar_format}.tar"
+        with tarfile.open(path, "w", format=tar_format) as archive:
+            for number, (name, data) in enumerate(fitting):
+                info = tarfile.TarInfo(name)
+                info.size, info.mtime = len(data), number + 0.5
+                if number % 400 == 399:
+                    info.type = tarfile.DIRTYPE
+                    info.size = 0
+                archive.addfile(info, io.BytesIO(data))
+        found = []
+        for glance in (0, 100_000, 1 << 30):
+            monkeypatch.setattr(walk_module, "GLANCE_BYTES", glance)
+            found += [scan(path), scan(path, mapped=True)]
+        assert all(one == found[0] for one in found)
+        rows, _ = found[0]
+        assert [(row.key, m.field, row.offset, m.offset, m.size) for row in rows for m in row.members] == (
+            judged_by_tarfile(path)
+        )
 
 
 def test_a_missing_file_is_one_clear_error(tmp_path):
