@@ -258,7 +258,7 @@ def learning_rate(peak: float, progress: float) -> float:
 
 def samples_seen(state: dict[str, Any]) -> int:
     """Samples of all epochs up to a state of the loader."""
-    return int(state["epoch"] * state["fingerprint"]["samples"] + state["position"])
+    return int(state["samples"])
 
 
 def require_writable(folder: Path, option: str) -> None:

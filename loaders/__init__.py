@@ -1,9 +1,11 @@
 """The streaming loader: shards to exact, resumable batches for distributed training."""
 
 from loaders.batch import Batch, SampleFault
+from loaders.build import Sample
 from loaders.device import DevicePrefetcher
 from loaders.image import ImageTransform
 from loaders.loader import StreamingLoader
+from loaders.mixture import Mixture
 from loaders.report import LoaderReport
 from loaders.stats import DeviceStats, LoaderStats
 from loaders.text import LlavaText
@@ -16,6 +18,8 @@ __all__ = [
     "LlavaText",
     "LoaderReport",
     "LoaderStats",
+    "Mixture",
+    "Sample",
     "SampleFault",
     "StreamingLoader",
 ]

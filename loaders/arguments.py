@@ -1,5 +1,6 @@
 """Checking arguments: one place, the value in the message."""
 
+import math
 import operator
 from typing import Any
 
@@ -21,3 +22,14 @@ def integer(name: str, value: Any, *, least: int | None = None, most: int = 2**6
     if number > most:
         raise UsageError(f"{name}={value}: at most {most} is possible")
     return number
+
+
+def seconds(name: str, value: Any) -> float:
+    """`value` as a positive, finite number of seconds.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UsageError(f"{name}={value!r}: a number of seconds above 0 is needed")
+    return float(value)

@@ -68,7 +68,7 @@ class Batch:
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
-    images: torch.Tensor | list[bytes]
+    images: torch.Tensor | list[bytes] | list[memoryview]
     image_samples: torch.Tensor
     image_shapes: torch.Tensor | None = None
     image_tiles: torch.Tensor | None = None

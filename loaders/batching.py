@@ -78,12 +78,14 @@ class Positions:
     Attributes:
         positions: int64 [S], in the epoch; a row without a sample holds one `FILLER`.
         rows: int64 [S], the row each is in: 0 to B - 1, ascending.
+        samples: of all ranks, in the global batch.
         after: the cursor after this batch, equal on all ranks.
         last: of the epoch.
     """
 
     positions: IntArray
     rows: IntArray
+    samples: int
     after: Cursor
     last: bool
 
@@ -118,6 +120,10 @@ class Batching(Protocol):
 
     def count(self, epoch: EpochView, cursor: Cursor) -> int:
         """Batches left at `cursor`, the same on every rank."""
+        ...
+
+    def consumed(self, epoch: EpochView, cursor: Cursor) -> tuple[int, IntArray]:
+        """Which positions are consumed at a cursor: all up to one, and int64 [n], ascending, others beyond it."""
         ...
 
     def take_up(self, cursor: Cursor) -> Cursor:
@@ -201,7 +207,6 @@ class PlainBatches:
     rank: int
     world_size: int
     drop_last: bool = False
-    length: int = 0  # with the three methods at the end, until the loader plans by cursors
 
     def __post_init__(self) -> None:
         _check_split(self.global_batch_size, self.rank, self.world_size)
@@ -215,11 +220,12 @@ class PlainBatches:
         """Batches begin at the cursor's position."""
         return replace(cursor, start=cursor.position)
 
-    def count(self, epoch: EpochView | int, cursor: Cursor | None = None) -> int:
+    def consumed(self, epoch: EpochView, cursor: Cursor) -> tuple[int, IntArray]:  # noqa: ARG002
+        """All positions before the cursor's."""
+        return cursor.position, np.zeros(0, np.int64)
+
+    def count(self, epoch: EpochView, cursor: Cursor) -> int:
         """Batches from the cursor's position on, in O(1)."""
-        if isinstance(epoch, int) or cursor is None:
-            assert isinstance(epoch, int)
-            return batches_of(max(self.length - epoch, 0), self.global_batch_size, self.drop_last)
         return batches_of(max(epoch.length - cursor.position, 0), self.global_batch_size, self.drop_last)
 
     def batches(self, epoch: EpochView, cursor: Cursor) -> Iterator[Positions]:
@@ -244,6 +250,7 @@ class PlainBatches:
                 yield Positions(
                     positions,
                     in_rows,
+                    size,
                     Cursor(after, start) if left else end_of_epoch,
                     last=not left,
                 )
@@ -252,19 +259,8 @@ class PlainBatches:
             own = np.arange(begin + (self.rank - begin) % step, epoch.length, step, dtype=np.int64)
             positions = np.full(-(-(epoch.length - begin) // step), FILLER, dtype=np.int64)
             positions[: len(own)] = own
-            yield Positions(positions, np.arange(len(positions), dtype=np.int64), end_of_epoch, last=True)
-
-    def positions(self, start: int, number: int) -> IntArray:
-        """This rank's positions of batch `number`, counted from `start`."""
-        begin = start + number * self.global_batch_size
-        view = EpochView(min(begin + self.global_batch_size, self.length), lambda p: (p, p), 0)
-        return next(replace(self, drop_last=False).batches(view, Cursor(begin, start))).positions
-
-    def after(self, start: int, number: int) -> int:
-        """The position that follows batch `number`."""
-        if number + 1 >= self.count(start):
-            return self.length
-        return start + (number + 1) * self.global_batch_size
+            rows = np.arange(len(positions), dtype=np.int64)
+            yield Positions(positions, rows, epoch.length - begin, end_of_epoch, last=True)
 
 
 def batches_of(items: int, size: int, drop_last: bool) -> int:

@@ -1,28 +1,51 @@
-"""Building a batch in a worker: a plan in, plain arrays out, pixels straight into a slab."""
+"""Building a batch in a worker: a plan in, plain arrays out, pixels and encoded images straight into a slab."""
 
-import os
-import signal
-import threading
-import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from loaders.batch import SampleFault
 from loaders.batching import FILLER
-from loaders.fetch import LocalFetcher
+from loaders.dataset import Rows
+from loaders.image import Picture
 from loaders.slabs import SlabPool
+from loaders.stats import BatchStats, StageClock
 from loaders.text import IGNORE_INDEX, TextResult
 from shardify.errors import FormatError, LoaderError, SampleError
 from shardify.format.names import RECORD_FIELD, is_image_field
-from shardify.format.shards import ShardSet
+from shardify.format.samples import frame_sample, is_compressed, split_frame
 from shardify.format.tar import read_members
+from shardify.permute import key_of
+from shardify.records import load_record
 
 IntArray = npt.NDArray[np.int64]
-_PARENT_CHECK = 0.5  # seconds
+Pixels = npt.NDArray[np.uint8]
+
+_LEAST_ROOM = 1 << 20
+_TRANSFORM_KEY = 5  # what a key is for; orders and batches use the numbers before
+
+
+class Fitting(Protocol):
+    """An image that is decoded and not yet fitted; `loaders.image.Prepared` is one."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it needs."""
+
+    @property
+    def tiles(self) -> int:
+        """Pictures that it becomes."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width before fitting."""
+
+    def write(self, memory: Pixels) -> None:
+        """Fit it into `memory`, uint8 [nbytes]; raises ImageError."""
 
 
 class ImageFit(Protocol):
@@ -30,10 +53,10 @@ class ImageFit(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of every result."""
+        """Of every picture."""
 
-    def into(self, data: bytes | bytearray | memoryview, out: torch.Tensor) -> None:
-        """Decode into `out`, uint8 of `shape`; raises ImageError."""
+    def prepare(self, data: Picture) -> Fitting:
+        """Decode; raises ImageError."""
 
 
 class Text(Protocol):
@@ -41,8 +64,46 @@ class Text(Protocol):
 
     pad_token_id: int
 
-    def __call__(self, record: bytes | memoryview) -> TextResult:
+    @property
+    def fingerprint(self) -> str:
+        """Names all that decides about its tokens; only needed where tokens are counted beforehand."""
+
+    def __call__(self, record: bytes | memoryview | dict[str, Any]) -> TextResult:
         """A record's tokens and labels; raises TextError or RecordError."""
+
+
+class Fetcher(Protocol):
+    """Reads spans of shards; one per process."""
+
+    def read(
+        self,
+        shards: IntArray,
+        offsets: IntArray,
+        sizes: IntArray,
+        begins: IntArray,
+        ends: IntArray,
+        *,
+        batch: int,
+    ) -> Iterator[tuple[int, memoryview | SampleError]]:
+        """(i, bytes of span i, or why they cannot be had), each i once."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """One sample as a `transform` gets it: it may change what it likes and returns it, or None to leave the sample out.
+
+    Attributes:
+        key: in its shard; ``part/key`` in a mixture.
+        record: the JSON record.
+        images: encoded as stored; a transform may put other encoded images there, Pillow's images, or pixels, uint8 [H, W, 3].
+    """
+
+    key: str
+    record: dict[str, Any]
+    images: list[Picture]
+
+
+Transform = Callable[[Sample, np.random.Generator], Sample | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,19 +111,19 @@ class BatchPlan:
     """What a worker needs to know to build a batch.
 
     Attributes:
-        positions: int64 [S], fillers (-1) last.
-        shards: int64 [V], of the V samples that are no fillers: number of the shard,
-        offsets: int64 [V], offset in it,
-        sizes: int64 [V], bytes,
-        images: int64 [V], and images.
-        slab: where the pixels go; None for ordinary memory.
+        number: of the batch, counted from the start of the workers.
+        epoch: it belongs to.
+        positions: int64 [S], in the epoch; -1 stands for none.
+        rows: int64 [S], the row of each.
+        index: where the V samples that are no fillers lie, V rows.
+        slab: where pixels and encoded images go; None for ordinary memory.
     """
 
+    number: int
+    epoch: int
     positions: IntArray
-    shards: IntArray
-    offsets: IntArray
-    sizes: IntArray
-    images: IntArray
+    rows: IntArray
+    index: Rows
     slab: int | None = None
 
 
@@ -72,42 +133,71 @@ class Built:
 
     keys: list[str]
     positions: IntArray
-    image_samples: list[int]
-    pixels: npt.NDArray[np.uint8] | None = None  # [n, H, W, 3]; None when they are in the slab
-    encoded: list[bytes] = field(default_factory=list)
+    rows: IntArray
+    pixels: Pixels | None = None  # all images, one after another; None when they are in the slab
+    image_samples: list[int] = field(default_factory=list)  # of each image: its sample,
+    image_tiles: list[int] = field(default_factory=list)  # pictures that it became,
+    image_sizes: list[tuple[int, int]] = field(default_factory=list)  # height and width as decoded,
+    image_ends: list[int] = field(default_factory=list)  # where its bytes end
     records: list[bytes] | None = None
-    input_ids: npt.NDArray[np.int32] | None = None  # [S, L]
+    input_ids: npt.NDArray[np.int32] | None = None  # [B, L]
     labels: npt.NDArray[np.int32] | None = None
-    lengths: IntArray | None = None  # [S], tokens of each row
+    lengths: IntArray | None = None  # [B], tokens of each row
+    texts: IntArray | None = None  # [S], tokens of each sample
     notes: list[str] = field(default_factory=list)
     faults: list[SampleFault] = field(default_factory=list)
+    excluded: int = 0
+    stats: BatchStats | None = None
 
 
 @dataclass(slots=True, eq=False)
-class _Sample:
+class _Work:
+    """A sample while its batch is built."""
+
+    place: int  # in the batch
+    shard: int
+    offset: int
     key: str = ""
     record: bytes = b""
     text: TextResult | None = None
-    images: list[memoryview] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
 
 
 class BatchBuilder:
     """Builds batches from plans; one per process, sent there by fork.
 
     Args:
-        shards: the data set.
+        paths: of the shards, for messages.
+        prefixes: of the keys, part by part.
+        open_fetcher: makes the process's fetcher.
         image: fits images; None leaves their bytes.
         text: tokenises records; None leaves their bytes.
-        slabs: where pixels go.
+        transform: the user's.
+        seed: of the transform's random numbers.
+        slabs: where pixels and encoded images go.
     """
 
-    def __init__(self, shards: ShardSet, image: ImageFit | None, text: Text | None, slabs: SlabPool) -> None:
-        self._paths = [shard.path for shard in shards.shards]
+    def __init__(
+        self,
+        *,
+        paths: list[str],
+        prefixes: list[str],
+        open_fetcher: Callable[[], Fetcher],
+        image: ImageFit | None,
+        text: Text | None,
+        transform: Transform | None,
+        seed: int,
+        slabs: SlabPool,
+    ) -> None:
+        self._paths = paths
+        self._prefixes = prefixes
+        self._open_fetcher = open_fetcher
         self._image = image
         self._text = text
+        self._transform = transform
+        self._seed = seed
         self._slabs = slabs
-        self._fetcher: LocalFetcher | None = None
-        self._process = -1
+        self._fetcher: Fetcher | None = None
 
     def __getitem__(self, plan: BatchPlan) -> Built | LoaderError:
         try:
@@ -116,117 +206,201 @@ class BatchBuilder:
             return error  # raised in the main process, without a worker's traceback around it
 
     def _build(self, plan: BatchPlan) -> Built:
-        if self._process != os.getpid():  # files are opened where they are read
-            self._fetcher, self._process = LocalFetcher(self._paths), os.getpid()
-        assert self._fetcher is not None
+        if self._fetcher is None:  # files are opened where they are read
+            self._fetcher = self._open_fetcher()
+        clock = StageClock()
         size = len(plan.positions)
-        built = Built(keys=[""] * size, positions=np.full(size, FILLER, np.int64), image_samples=[])
-        samples: list[_Sample | None] = [None] * size
-        for number, span in self._fetcher.read(plan.shards, plan.offsets, plan.sizes):
-            sample = _Sample()
+        built = Built(keys=[""] * size, positions=np.full(size, FILLER, np.int64), rows=plan.rows)
+        works = self._fetch(built, plan, clock)
+        self._add_images(built, plan, works)
+        clock.lap("decode")
+        for place, work in enumerate(works):
+            if work is not None:
+                built.keys[place] = work.key
+                built.positions[place] = plan.positions[place]
+        if self._text is None:
+            built.records = [b"" if work is None else work.record for work in works]
+        else:
+            texts = [None if work is None else work.text for work in works]
+            _add_texts(built, texts, self._text.pad_token_id)
+        built.faults.sort(key=lambda fault: fault.position)
+        built.stats = clock.stop(
+            samples=sum(work is not None for work in works),
+            images=len(built.image_samples),
+            bytes_used=int(plan.index.size.sum()),
+        )
+        return built
+
+    def _fetch(self, built: Built, plan: BatchPlan, clock: StageClock) -> list[_Work | None]:
+        """All samples read, taken apart and tokenised, by their place in the batch; None for fillers."""
+        assert self._fetcher is not None
+        works: list[_Work | None] = [None] * len(plan.positions)
+        index, places = plan.index, np.flatnonzero(plan.positions != FILLER)
+        if index.excluded.any():
+            kept = np.flatnonzero(~index.excluded)
+            built.excluded = len(index.excluded) - len(kept)
+            index, places = index[kept], places[kept]
+        frames: dict[tuple[int, int], list[memoryview]] = {}  # of this batch, as samples
+        spans = self._fetcher.read(
+            index.shard, index.offset, index.size, index.extent_begin, index.extent_end, batch=plan.number
+        )
+        for number, span in spans:
+            clock.lap("fetch")
+            work = _Work(
+                place=int(places[number]), shard=int(index.shard[number]), offset=int(index.offset[number])
+            )
             try:
                 if isinstance(span, SampleError):
                     raise span
-                self._read(sample, span, int(plan.images[number]))
+                own = self._sample_of(frames, work, span, int(index.ordinal[number]))
+                self._take_apart(work, own, int(index.part[number]), int(index.images[number]))
+                clock.lap("fetch")
+                self._understand(work, plan)
+                works[work.place] = work
             except SampleError as error:
-                built.faults.append(self._fault(plan, number, sample.key, error))
-            else:
-                samples[number] = sample
-        self._add_images(built, plan, samples)
-        for number, built_sample in enumerate(samples):
-            if built_sample is not None:
-                built.keys[number] = built_sample.key
-                built.positions[number] = plan.positions[number]
-        if self._text is None:
-            built.records = [b"" if sample is None else sample.record for sample in samples]
-        else:
-            _add_texts(built, [None if s is None else s.text for s in samples], self._text.pad_token_id)
-        built.faults.sort(key=lambda fault: fault.position)
-        return built
+                built.faults.append(self._fault(plan, work, error))
+            clock.lap("text")
+        clock.lap("fetch")
+        return works
 
-    def _read(self, sample: _Sample, span: memoryview, images: int) -> None:
-        """Take a sample's span apart and tokenise its record: what needs no memory for pixels."""
+    def _sample_of(
+        self,
+        frames: dict[tuple[int, int], list[memoryview]],
+        work: _Work,
+        span: memoryview,
+        ordinal: int,
+    ) -> memoryview:
+        """A sample's tar bytes: the span, or its part of a compressed frame."""
+        path = self._paths[work.shard]
+        if not is_compressed(path):
+            return span
+        name, where = (work.shard, work.offset), f"{path}: frame at byte {work.offset}"
         try:
-            sample.key, members = read_members(span, where="the sample")
+            if name not in frames:
+                frames[name] = split_frame(span, where=where)
+            return frame_sample(frames[name], ordinal, where=where)
         except FormatError as error:
             raise SampleError("index-mismatch", str(error)) from None
+
+    def _take_apart(self, work: _Work, span: memoryview, part: int, images: int) -> None:
+        """Find the members of a sample."""
+        try:
+            key, members = read_members(span, where="the sample")
+        except FormatError as error:
+            raise SampleError("index-mismatch", str(error)) from None
+        work.key = self._prefixes[part] + key
         record = next((data for name, data in members if name == RECORD_FIELD), None)
-        sample.images = [data for name, data in members if is_image_field(name)]
-        if len(sample.images) != images:
-            raise SampleError("index-mismatch", f"{len(sample.images)} images; the index counts {images}")
-        if self._text is None:
-            sample.record = b"" if record is None else bytes(record)
-        elif record is None:
-            raise SampleError("record-missing", f"no member {sample.key}.{RECORD_FIELD}")
-        else:
-            sample.text = self._text(record)
+        work.images = [data for name, data in members if is_image_field(name)]
+        if len(work.images) != images:
+            raise SampleError("index-mismatch", f"{len(work.images)} images; the index counts {images}")
+        if record is not None:
+            work.record = bytes(record)
+        elif self._text is not None or self._transform is not None:
+            raise SampleError("record-missing", f"no member {key}.{RECORD_FIELD}")
 
-    def _add_images(self, built: Built, plan: BatchPlan, samples: list[_Sample | None]) -> None:
-        """Fit all images, one sample after another; a sample whose image fails is taken out of `samples`."""
-        pixels = self._memory(plan)
-        count = 0
-        for number, sample in enumerate(samples):
+    def _understand(self, work: _Work, plan: BatchPlan) -> None:
+        """The user's transform, and the text."""
+        record: bytes | dict[str, Any] = work.record
+        if self._transform is not None:
+            key = key_of(self._seed, _TRANSFORM_KEY, plan.epoch, int(plan.positions[work.place]))
+            generator = np.random.Generator(np.random.Philox(key=key))
+            sample = self._transform(Sample(work.key, load_record(work.record), work.images), generator)
             if sample is None:
+                raise SampleError("transform-left-out", "the transform returned None")
+            record, work.images = sample.record, list(sample.images)
+            if self._text is None:
+                work.record = msgspec.json.encode(record)
+        if self._text is not None:
+            work.text = self._text(record)
+
+    def _add_images(self, built: Built, plan: BatchPlan, works: list[_Work | None]) -> None:
+        """Fit all images, one sample after another; a sample whose image fails is taken out of `works`."""
+        room = _Room(None if plan.slab is None else self._slabs.memory(plan.slab))
+        for place, work in enumerate(works):
+            if work is None:
                 continue
+            begin = room.used
             try:
-                for place, data in enumerate(sample.images, start=count):
-                    if self._image is None:
-                        built.encoded.append(bytes(data))
-                    else:
-                        # seen as [3, H, W]; the channels stay last in memory, as they are decoded
-                        self._image.into(data, torch.from_numpy(pixels[place]).permute(2, 0, 1))
+                fitted = [self._put(room, data) for data in work.images]
             except SampleError as error:
-                built.faults.append(self._fault(plan, number, sample.key, error))
-                samples[number] = None
+                room.used = begin
+                built.faults.append(self._fault(plan, work, error))
+                works[place] = None
                 continue
-            built.image_samples += [number] * len(sample.images)
-            count += len(sample.images)
-        if plan.slab is None and self._image is not None:
-            built.pixels = pixels[:count]
+            built.image_samples += [place] * len(fitted)
+            built.image_tiles += [tiles for tiles, _, _ in fitted]
+            built.image_sizes += [size for _, size, _ in fitted]
+            built.image_ends += [end for _, _, end in fitted]
+        if not room.in_slab:
+            built.pixels = room.memory[: room.used]
 
-    def _memory(self, plan: BatchPlan) -> npt.NDArray[np.uint8]:
-        """Room for the pixels of all images of a plan, uint8 [n, H, W, 3]."""
+    def _put(self, room: "_Room", data: Picture) -> tuple[int, tuple[int, int], int]:
+        """One image into its place: its tiles, its height and width, and where it ends."""
         if self._image is None:
-            return np.empty(0, np.uint8)
-        channels, height, width = self._image.shape
-        shape = (int(plan.images.sum()), height, width, channels)
-        if plan.slab is None:
-            return np.empty(shape, np.uint8)
-        return self._slabs.memory(plan.slab)[: np.prod(shape)].reshape(shape)
+            data = _encoded(data)
+            room.take(len(data))[:] = np.frombuffer(data, np.uint8)
+            return 1, (0, 0), room.used
+        fitting = self._image.prepare(data)
+        fitting.write(room.take(fitting.nbytes))
+        return fitting.tiles, fitting.size, room.used
 
-    def _fault(self, plan: BatchPlan, number: int, key: str, error: SampleError) -> SampleFault:
+    def _fault(self, plan: BatchPlan, work: _Work, error: SampleError) -> SampleFault:
         return SampleFault(
-            position=int(plan.positions[number]),
-            key=key,
-            shard=self._paths[plan.shards[number]],
-            offset=int(plan.offsets[number]),
+            position=int(plan.positions[work.place]),
+            key=work.key,
+            shard=self._paths[work.shard],
+            offset=work.offset,
             code=error.code,
             detail=error.detail,
         )
 
 
+class _Room:
+    """Memory that images are put into, one after another: a slab, or ordinary memory as soon as that is full."""
+
+    def __init__(self, slab: Pixels | None) -> None:
+        self.in_slab = slab is not None
+        self.memory = np.empty(0, np.uint8) if slab is None else slab
+        self.used = 0
+
+    def take(self, size: int) -> Pixels:
+        """The next bytes, uint8 [size]."""
+        begin, self.used = self.used, self.used + size
+        if self.used > len(self.memory):
+            larger = np.empty(max(2 * len(self.memory), self.used, _LEAST_ROOM), np.uint8)
+            larger[:begin] = self.memory[:begin]
+            self.memory, self.in_slab = larger, False
+        return self.memory[begin : self.used]
+
+
+def _encoded(image: Picture) -> bytes | memoryview:
+    if isinstance(image, bytes | memoryview):
+        return image
+    raise LoaderError(
+        f"the transform made {type(image).__name__} of an image, but without image= there is nothing that fits it; return bytes"
+    )
+
+
 def _add_texts(built: Built, texts: list[TextResult | None], pad_token_id: int) -> None:
-    """Pad to the longest text; a filler, or a text of no tokens, has one padding token, which is attended."""
-    built.lengths = np.array([1 if text is None else max(len(text.input_ids), 1) for text in texts], np.int64)
-    shape = len(texts), int(built.lengths.max(initial=0))
+    """Lay the texts into their rows, one behind another, and pad to the longest row.
+
+    A row without any token has one padding token, which is attended.
+    """
+    built.texts = np.array([0 if text is None else len(text.input_ids) for text in texts], np.int64)
+    rows = int(built.rows[-1]) + 1 if len(built.rows) else 0
+    used = np.zeros(rows, np.int64)
+    np.add.at(used, built.rows, built.texts)
+    built.lengths = np.maximum(used, 1)
+    shape = rows, int(built.lengths.max(initial=0))
     built.input_ids = np.full(shape, pad_token_id, np.int32)
     built.labels = np.full(shape, IGNORE_INDEX, np.int32)
-    for row, text in enumerate(texts):
+    begin, last = 0, -1
+    for row, text in zip(built.rows.tolist(), texts, strict=True):
+        begin = begin if row == last else 0
+        last = row
         if text is not None:
-            built.input_ids[row, : len(text.input_ids)] = text.input_ids
-            built.labels[row, : len(text.labels)] = text.labels
+            end = begin + len(text.input_ids)
+            built.input_ids[row, begin:end] = text.input_ids
+            built.labels[row, begin:end] = text.labels
+            begin = end
             built.notes += text.notes
-
-
-def start_worker(_: int, *, parent: int) -> None:
-    """Set a worker process up: one that ends with its parent, whatever ended that, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers' own threads do not survive a fork
-    # not PR_SET_PDEATHSIG, which would also strike when only the thread that started the workers ends
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_PARENT_CHECK)
-    os._exit(1)

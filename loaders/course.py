@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
-from loaders.order import EpochOrder, OneEpoch, OrderSettings
+from loaders.order import EpochOrder, IntArray, OneEpoch, OrderSettings
 from shardify.errors import StateError
 
 Parts: TypeAlias = list[dict[str, Any]]
@@ -34,14 +34,30 @@ class Course(Protocol):
         """The parts after the first `position` positions of that epoch; after all of them, those that the next epoch begins with."""
         ...
 
-    def take_up(self, number: int, parts: Parts, position: int, fingerprint: Fingerprint) -> "TakenUp":
+    def as_planned(self, number: int, parts: Parts, fingerprint: Fingerprint) -> EpochOrder:
+        """The order of a state's epoch as its run had it: without what was added to the data since, or with a mixture's earlier parts.
+
+        Raises:
+            StateError: it is of other data, with what differs.
+        """
+        ...
+
+    def take_up(
+        self,
+        number: int,
+        parts: Parts,
+        position: int,
+        fingerprint: Fingerprint,
+        also: IntArray | None = None,
+    ) -> "TakenUp":
         """Continue from a state.
 
         Args:
             number: its epoch.
             parts: of that epoch's beginning, as the state has them.
-            position: positions of that epoch that were consumed.
+            position: of that epoch, before which all were consumed.
             fingerprint: of the data that the state was made over.
+            also: int64 [n], positions beyond that were consumed, too.
 
         Raises:
             StateError: it is of other data, with what differs.
@@ -96,28 +112,46 @@ class PlainCourse:
             return parts
         return [] if size_at(parts[0]["samples"], number + 1) == self.samples else parts
 
-    def take_up(self, number: int, parts: Parts, position: int, fingerprint: Fingerprint) -> TakenUp:
+    def as_planned(self, number: int, parts: Parts, fingerprint: Fingerprint) -> OneEpoch:
+        """The order of a state's epoch; see `Course`.
+
+        Raises:
+            StateError: the state is of other data, or of a mixture.
+        """
+        return OneEpoch(self.settings.order(size_at(self._sizes(parts, fingerprint), number)), number)
+
+    def take_up(
+        self,
+        number: int,
+        parts: Parts,
+        position: int,
+        fingerprint: Fingerprint,
+        also: IntArray | None = None,
+    ) -> TakenUp:
         """Continue; see `Course`.
 
         Raises:
             StateError: the state is of other data, or of a mixture.
         """
+        # an epoch that has not begun is over all
+        begun = position > 0 or (also is not None and len(also) > 0)
+        sizes = grown(self._sizes(parts, fingerprint), number + begun, self.samples)
+        if size_at(sizes, number) == self.samples:
+            return TakenUp([])
+        return TakenUp([{"samples": sizes}])
+
+    def _sizes(self, parts: Parts, fingerprint: Fingerprint) -> list[list[int]]:
+        """From which epoch on the data set of a state had how many samples."""
         known = self.prefix(fingerprint)
         if known is None:
             raise StateError(
                 f"this state does not continue here: {describe_change(fingerprint, self.fingerprint)}"
             )
-        sizes = [[0, known]]
-        if parts:
-            check_sizes(
-                parts[0].get("samples") if len(parts) == 1 and "name" not in parts[0] else None, known
-            )
-            sizes = parts[0]["samples"]
-        # an epoch that has not begun is over all
-        sizes = grown(sizes, number + (position > 0), self.samples)
-        if size_at(sizes, number) == self.samples:
-            return TakenUp([])
-        return TakenUp([{"samples": sizes}])
+        if not parts:
+            return [[0, known]]
+        check_sizes(parts[0].get("samples") if len(parts) == 1 and "name" not in parts[0] else None, known)
+        sizes: list[list[int]] = parts[0]["samples"]
+        return sizes
 
 
 def size_at(sizes: list[list[int]], epoch: int) -> int:

@@ -28,7 +28,7 @@ from loaders.subset import DEFAULT_VALIDATION, EVERYTHING, Split, Subset, choose
 from shardify.errors import UsageError
 from shardify.format.exclude import read_exclusions
 from shardify.format.samples import is_compressed
-from shardify.format.shards import ShardSet, open_shards
+from shardify.format.shards import ShardFile, ShardSet, open_shards
 
 _NONE: IntArray = np.zeros(0, np.int64)
 _SPARSE = 2  # of so many stored samples fewer than one takes part: blocks are not read as a whole
@@ -61,6 +61,10 @@ class Rows:
     excluded: npt.NDArray[np.bool_]
     extent_begin: IntArray
     extent_end: IntArray
+
+    def __getitem__(self, chosen: slice | IntArray) -> "Rows":
+        """Those of some samples."""
+        return Rows(*(getattr(self, name)[chosen] for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,6 +155,11 @@ class Dataset:
         for part in self.parts:
             self._tables.append(_Table(part, shards, block))
             shards += len(part.shards.shards)
+
+    @cached_property
+    def files(self) -> tuple[ShardFile, ...]:
+        """All shards, part by part, as `paths`."""
+        return tuple(shard for part in self.parts for shard in part.shards.shards)
 
     def __len__(self) -> int:
         """Samples of all parts."""
@@ -387,3 +396,31 @@ def _shares(sizes: Sequence[int], most: int) -> list[int]:
     most = min(most, total)
     ends = np.cumsum([0, *sizes]).tolist()
     return [end * most // max(total, 1) - begin * most // max(total, 1) for begin, end in pairwise(ends)]
+
+
+def described(shards: Shards | Mixture) -> Any:
+    """What the user called the data, JSON-able, for `redescribed`."""
+    if not isinstance(shards, Mixture):
+        return (
+            os.fspath(shards)
+            if isinstance(shards, str | os.PathLike)
+            else [os.fspath(shard) for shard in shards]
+        )
+    return {
+        "parts": {name: [described(place), str(shards.rates[name])] for name, place in shards.shards.items()},
+        "weights": shards.weights,
+        "samples": shards.samples,
+    }
+
+
+def redescribed(data: Any) -> Shards | Mixture:
+    """What `described` was told of.
+
+    Raises:
+        UsageError: it was told of something else.
+    """
+    if not isinstance(data, dict):
+        shards: Shards = data
+        return shards
+    parts = {name: (place, rate) for name, (place, rate) in data["parts"].items()}
+    return Mixture(parts, weights=data["weights"], samples=data["samples"])

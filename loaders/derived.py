@@ -21,7 +21,7 @@ import numpy.typing as npt
 import xxhash
 from tqdm import tqdm
 
-from loaders.build import start_worker
+from loaders.worker import start_worker
 from shardify.errors import FormatError, LoaderError
 from shardify.format.files import locked, replacing, user_cache, write_whole
 

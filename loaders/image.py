@@ -6,6 +6,7 @@ upsampling, resizing by torch's antialiased uint8 bicubic.
 """
 
 import io
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -31,6 +32,8 @@ MAX_PADDED_SIDE = 65_535
 
 Fit = Literal["crop", "pad"]
 Pixels = npt.NDArray[np.uint8]  # [height, width, 3]
+Picture = bytes | bytearray | memoryview | Pixels | Image.Image
+"""An encoded image, or one that is decoded already."""
 
 _STRIP_BYTES = 16 * 1024 * 1024  # of padded rows in memory at a time
 
@@ -71,11 +74,19 @@ class ImageTransform:
         """The shape of every result: (3, S, S)."""
         return 3, self.size, self.size
 
-    def __call__(self, data: bytes | bytearray | memoryview) -> torch.Tensor:
+    def prepare(self, data: Picture) -> "Prepared":
+        """Decode one image, to be fitted into memory whose place depends on how much it needs.
+
+        Raises:
+            ImageError: as for a call.
+        """
+        return Prepared(_decoded(data), self)
+
+    def __call__(self, data: Picture) -> torch.Tensor:
         """Decode and fit one image.
 
         Args:
-            data: the encoded image, in any format Pillow reads.
+            data: the encoded image, in any format Pillow reads; or one of Pillow's; or pixels, uint8 [height, width, 3].
 
         Returns:
             uint8 [3, S, S], contiguous.
@@ -88,22 +99,28 @@ class ImageTransform:
         self.into(data, out)
         return out
 
-    def into(self, data: bytes | bytearray | memoryview, out: torch.Tensor) -> None:
+    def into(self, data: Picture, out: torch.Tensor) -> None:
         """Decode and fit one image into memory that is there already.
 
         Args:
-            data: the encoded image.
+            data: as for a call.
             out: uint8 [3, S, S] with any strides. Pixels in memory order (a permuted [S, S, 3]) are written
                 fastest, since that is how they are decoded. Untouched when an error is raised.
 
         Raises:
             ImageError: as for a call.
         """
-        pixels = decode(data)
-        fitted = (
-            _crop(pixels, self.size) if self.fit == "crop" else _pad(pixels, self.size, self._background())
-        )
-        out.copy_(torch.from_numpy(fitted).permute(2, 0, 1))
+        out.copy_(torch.from_numpy(self.fitted(_decoded(data))).permute(2, 0, 1))
+
+    def fitted(self, pixels: Pixels) -> Pixels:
+        """Decoded pixels, uint8 [height, width, 3], fitted: uint8 [S, S, 3].
+
+        Raises:
+            ImageError: ``image-too-large``.
+        """
+        if self.fit == "crop":
+            return _crop(pixels, self.size)
+        return _pad(pixels, self.size, self._background())
 
     def normalize(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The model's input: (images / 255 - mean) / std.
@@ -125,6 +142,47 @@ class ImageTransform:
         return tuple(int(value * 255) for value in self.mean)  # LLaVA truncates: (122, 116, 104) for CLIP
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A decoded image before it is fitted.
+
+    Attributes:
+        pixels: uint8 [height, width, 3].
+        transform: that fits it.
+    """
+
+    pixels: Pixels
+    transform: ImageTransform
+
+    @property
+    def tiles(self) -> int:
+        """Pictures that it becomes."""
+        return 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width before fitting."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that `write` needs."""
+        return self.tiles * math.prod(self.transform.shape)
+
+    def write(self, memory: npt.NDArray[np.uint8]) -> None:
+        """Fit it into `memory`, uint8 [nbytes], as [tiles, S, S, 3].
+
+        Raises:
+            ImageError: ``image-too-large``.
+        """
+        fitted = self.transform.fitted(self.pixels)
+        memory.reshape(fitted.shape)[...] = fitted
+
+
+def _decoded(data: Picture) -> Pixels:
+    return decode(data) if isinstance(data, bytes | bytearray | memoryview) else _pixels_of(data)
+
+
 def decode(data: bytes | bytearray | memoryview) -> Pixels:
     """The pixels of an encoded image, as Pillow's ``convert("RGB")`` gives them (JPEG: to within 1/255).
 
@@ -141,6 +199,27 @@ def decode(data: bytes | bytearray | memoryview) -> Pixels:
         if pixels is not None:
             return pixels
     return _decode_by_pillow(data)
+
+
+def _pixels_of(picture: Pixels | Image.Image) -> Pixels:
+    """The pixels of an image that is decoded already.
+
+    Raises:
+        ImageError: ``image-undecodable``, it is none.
+    """
+    if isinstance(picture, Image.Image):
+        return np.array(picture.convert("RGB"))
+    if (
+        not isinstance(picture, np.ndarray)
+        or picture.dtype != np.uint8
+        or picture.shape[2:] != (3,)
+        or 0 in picture.shape
+    ):
+        described = (
+            f"{getattr(picture, 'dtype', type(picture).__name__)} {list(getattr(picture, 'shape', ()))}"
+        )
+        raise ImageError("image-undecodable", f"pixels are uint8 [height, width, 3], this is {described}")
+    return np.ascontiguousarray(picture)
 
 
 def _decode_jpeg(data: bytes | bytearray | memoryview) -> Pixels | None:

@@ -1,39 +1,59 @@
 """`StreamingLoader`: executes the plan of an epoch with worker processes.
 
-The main process plans (`loaders.order`, `loaders.batching`) and owns the memory; workers fetch, tokenise and decode (`loaders.build`).
-Batches come back in order. The plan runs on over the end of an epoch, so that the next one's first batches are ready when it begins.
+The main process plans (`loaders.plan`) and owns the memory; workers fetch, tokenise and decode (`loaders.build`). Batches come back in
+order. The plan runs on over the end of an epoch, so that the next one's first batches are ready when it begins.
 """
 
 import copy
 import math
 import os
 import queue
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
 from torch.utils.data import DataLoader
 
-from loaders.arguments import integer
+from loaders.arguments import integer, seconds
 from loaders.batch import Batch
-from loaders.batching import FILLER, IntArray, PlainBatches
-from loaders.build import BatchBuilder, BatchPlan, Built, ImageFit, Text, start_worker
-from loaders.order import Order, Shuffle, default_lanes, make_order
+from loaders.batching import Cursor, GroupBy, make_batching
+from loaders.build import BatchBuilder, BatchPlan, Built, ImageFit, Text, Transform
+from loaders.collate import collate
+from loaders.dataset import described, open_dataset
+from loaders.fetch import RemoteFetch
+from loaders.lengths import token_lengths, word_lengths
+from loaders.mixture import Mixture
+from loaders.order import OrderSettings, Shuffle, default_lanes
+from loaders.place import ProcessGroup, place_of
+from loaders.plan import PlannedBatch, Planner
+from loaders.policy import ErrorPolicy, OnError
 from loaders.report import LoaderReport
 from loaders.slabs import SlabPool
-from loaders.state import State, check_state, make_state
+from loaders.state import (
+    State,
+    check_state,
+    current_run,
+    make_state,
+    merged,
+    taken_up,
+    with_cursor,
+)
+from loaders.stats import LoaderStats, StatsRecorder
+from loaders.subset import Split
+from loaders.worker import Stacks, Watch, start_worker
 from shardify.errors import LoaderError, UsageError
-from shardify.format.samples import is_compressed
-from shardify.format.shards import ShardSet, open_shards
 
-_PLANNED_POSITIONS = 1 << 15  # evaluated at a time: large enough for numpy, small enough to begin at once
 _SPARE_SLABS = 4  # for batches in the user's hands
+_SLAB_MARGIN = 1.3  # over a batch of ordinary size
+_SURVEYED = 4096  # samples, to see what is ordinary
+_LEAST_AHEAD, _MOST_AHEAD = 16, 1024  # batches
 _LOST_WORKER = "DataLoader worker (pid"  # how torch begins to say that a worker was killed or ended
 
 
@@ -41,19 +61,22 @@ _LOST_WORKER = "DataLoader worker (pid"  # how torch begins to say that a worker
 class _Pending:
     """What the main process keeps of a batch while a worker builds it."""
 
+    number: int
     state: State  # after it
     slab: int | None
-    overflowed: bool
-    ends_epoch: bool
+    has_images: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Run:
     """Workers at work, from one state on. Never taken up again after a fault: its slabs may still be written to."""
 
     built: Iterator[Built | LoaderError]
     pending: deque[_Pending]  # of the batches on their way, in order
     slabs: SlabPool
+    remote: RemoteFetch
+    stacks: Stacks
+    watch: Watch | None
     process: int  # that started it
 
 
@@ -61,27 +84,51 @@ _foreign_runs: list[_Run] = []
 
 
 class StreamingLoader:
-    """Streams a data set as batches: every sample once an epoch, as many batches on every rank, from any position on.
+    """Streams a data set, or a mixture of several, as batches: exact, elastic, and as fast as pictures can be decoded.
 
-    ``for batch in loader`` runs to the end of the epoch; after a ``break`` the next ``for`` continues it. A sample that cannot be read,
-    tokenised or decoded becomes a filler at its position, is listed in `Batch.faults` and counted in `report()`.
+    ``for batch in loader`` runs to the end of the epoch; after a ``break`` the next ``for`` continues it. Every sample comes once an
+    epoch (a mixture's as often as it says), every rank gets as many batches, and a state continues under any other world size, batch
+    size and number of workers. A sample that cannot be read, tokenised or decoded becomes a filler at its position, is listed in
+    `Batch.faults` and counted in `report()`.
 
     Args:
-        shards: a brace pattern (``"data/{000..003}.tar"``), a folder, a manifest.json, or a list of patterns and tars.
-        batch_size: samples per rank; or give `global_batch_size`.
-        global_batch_size: samples over all ranks, a multiple of the world size.
+        shards: a brace pattern (``"data/{000..003}.tar"``), a folder, a manifest.json, a list of patterns and tars, or a `Mixture`; local
+            paths, or URLs (``s3://``, ``gs://``, ``az://``, ``https://``, ``hf://datasets/...``).
+        batch_size: samples per rank (rows, with `pack_tokens`; at most so many with `max_tokens` or `max_tiles`); or give
+            `global_batch_size`.
+        global_batch_size: over all ranks, a multiple of the world size.
         image: fits images, such as `ImageTransform`; None (default) leaves their bytes.
         text: tokenises records, such as `LlavaText`; None (default) leaves their bytes.
+        transform: called with every `Sample` and a numpy generator keyed by (seed, epoch, position), before tokens and pixels are made.
         shuffle: ``"block"`` (default), ``"full"`` or None for manifest order; docs/order.md describes them.
-        seed: of the shuffle. Default 0.
+        seed: of the shuffle and the transform. Default 0.
+        group_by: ``"modality"`` (a global batch has images, or has none), ``"length"`` (lengths balanced over ranks) or
+            ``"modality_length"`` (both, as LLaVA trains). Default None.
+        pack_tokens: pack samples into rows of at most so many tokens. Default None.
+        image_tokens: what an image counts in tokens, such as 576 for LLaVA-1.5. Default 1.
+        max_tokens: most tokens of one rank's batch, padding included: its size then varies. Default None.
+        max_tiles: most images of one rank's batch. Default None.
+        plan_window: samples that are grouped or packed together. Default 16,384.
         drop_last: leave out a short last batch instead of filling it up. Default False.
+        split: ``"train"`` or ``"validation"``: samples on one side only, by the hashes of their images. Default None, all.
+        validation: fraction of the samples on the validation side. Default 0.01.
+        max_samples: take so many, the same ones always. Default None, all.
+        exclude: a file of ids, URLs and image hashes; samples it names become fillers. Default None.
         num_workers: worker processes of this rank; 0 builds batches in this process. Default 4.
         prefetch: batches planned ahead for each worker. Default 2.
         rank: of this process; by default torch.distributed's when that is initialised, else 0.
         world_size: ranks; by default torch.distributed's, else 1.
+        process_group: the ranks that share the data, where they are not all: a torch process group, or a one-dimensional device mesh.
         lanes: of the block shuffle; by default 64, or the world size when that is larger. A loaded state brings its own.
         block: neighbouring samples that the block shuffle keeps in one lane. Default 32.
         window: blocks whose samples it mixes. Default 8.
+        on_error: ``"skip"`` (default) makes bad samples fillers, ``"raise"`` ends the run at the first one.
+        max_errors: end the run when there are more bad samples, as a count, or as a rate (a float below 1) of those handed out. Default
+            None, any number.
+        timeout: seconds that a batch, or a sample's bytes, may take. Default 300.
+        skip: steps to be left out, as (from, to) pairs, `to` excluded; the state says so.
+        cache_dir: where blocks of remote shards are kept, for all ranks of the node and the next run. Default None, a temporary folder.
+        cache_size: bytes that it may hold. Default None, half of what is free there.
 
     Raises:
         UsageError: arguments that contradict each other.
@@ -90,50 +137,104 @@ class StreamingLoader:
 
     def __init__(
         self,
-        shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mixture,
         *,
         batch_size: int | None = None,
         global_batch_size: int | None = None,
         image: ImageFit | None = None,
         text: Text | None = None,
+        transform: Transform | None = None,
         shuffle: Shuffle = "block",
         seed: int = 0,
+        group_by: GroupBy | None = None,
+        pack_tokens: int | None = None,
+        image_tokens: int = 1,
+        max_tokens: int | None = None,
+        max_tiles: int | None = None,
+        plan_window: int = 16_384,
         drop_last: bool = False,
+        split: Split = None,
+        validation: float = 0.01,
+        max_samples: int | None = None,
+        exclude: str | os.PathLike[str] | None = None,
         num_workers: int = 4,
         prefetch: int = 2,
         rank: int | None = None,
         world_size: int | None = None,
+        process_group: ProcessGroup = None,
         lanes: int | None = None,
         block: int = 32,
         window: int = 8,
+        on_error: OnError = "skip",
+        max_errors: float | None = None,
+        timeout: float = 300.0,
+        skip: Sequence[tuple[int, int]] = (),
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_size: int | None = None,
     ) -> None:
-        self.rank, self.world_size = _place(rank, world_size)
+        self.rank, self.world_size = place_of(rank, world_size, process_group)
         self._num_workers = integer("num_workers", num_workers, least=0)
         self._prefetch = integer("prefetch", prefetch, least=1)
-        if batch_size is not None and global_batch_size is None:
-            global_batch_size = integer("batch_size", batch_size, least=1) * self.world_size
-        elif batch_size is not None or global_batch_size is None:
-            raise UsageError("batch_size (per rank) or global_batch_size is needed, and not both")
-        self._shards = _plain(open_shards(shards))
-        self._image, self._text = image, text
+        self._image, self._text, self._transform = image, text, transform
         self._seed, self._shuffle = integer("seed", seed), shuffle
-        self._block, self._window = integer("block", block), integer("window", window)
-        self._batches = PlainBatches(
-            length=len(self._shards.index),
-            global_batch_size=integer("global_batch_size", global_batch_size, least=1),
+        self._block, self._window = integer("block", block, least=1), integer("window", window, least=1)
+        self._policy = ErrorPolicy(on_error, max_errors)
+        self._timeout = seconds("timeout", timeout)
+        self._skip = stretches(skip)
+        self._cache_dir, self._cache_size = cache_dir, cache_size
+        self._data = {
+            "shards": described(shards),
+            "split": split,
+            "validation": str(validation),
+            "max_samples": max_samples,
+            "exclude": None if exclude is None else os.fspath(exclude),
+        }
+        self._dataset = open_dataset(
+            shards,
+            split=split,
+            validation=validation,
+            max_samples=max_samples,
+            exclude=exclude,
+            block=1 if shuffle == "full" else self._block,
+        )
+        self._drop_last = bool(drop_last)
+        self._global_batch_size = _global_batch_size(
+            batch_size,
+            global_batch_size,
+            self.world_size,
+            budget=max_tokens is not None or max_tiles is not None,
+        )
+        self._batching = make_batching(
+            global_batch_size=self._global_batch_size,
             rank=self.rank,
             world_size=self.world_size,
-            drop_last=drop_last,
+            drop_last=self._drop_last,
+            group_by=group_by,
+            pack_tokens=pack_tokens,
+            max_tokens=max_tokens,
+            max_tiles=max_tiles,
+            plan_window=plan_window,
         )
-        if len(self._shards.index) < self.world_size:
+        self._packed = pack_tokens is not None
+        exact = pack_tokens is not None or max_tokens is not None
+        if not exact:
+            self._lengths = word_lengths(self._dataset, image_tokens=image_tokens)
+        elif text is None:
+            raise UsageError("pack_tokens and max_tokens count tokens, which text= makes")
+        else:
+            self._lengths = token_lengths(self._dataset, text, image_tokens=image_tokens)
+        self._length_settings = _length_settings(group_by, text if exact else None, image_tokens)
+        if len(self._dataset) < self.world_size:
             warnings.warn(
-                f"{len(self._shards.index)} samples for {self.world_size} ranks: some ranks see fillers alone",
+                f"{len(self._dataset)} samples for {self.world_size} ranks: some ranks see fillers alone",
                 stacklevel=2,
             )
         self._report = LoaderReport()
+        self._stats = StatsRecorder()
         self._run: _Run | None = None
         lanes = default_lanes(self.world_size) if lanes is None else integer("lanes", lanes)
-        self._order, self._state = self._take_up(lanes, epoch=0, start=0)
+        self._planner = self._plan(lanes)
+        self._state = self._planner.without_skipped(self._first_state(lanes))
 
     @property
     def epoch(self) -> int:
@@ -143,12 +244,12 @@ class StreamingLoader:
 
     def __len__(self) -> int:
         """Batches left in this epoch, the same on every rank."""
-        return self._batches.count(self._state["position"])
+        return self._planner.count(self._state)
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of this epoch."""
         if not len(self):
-            self._state = _state_at(self._state, self.epoch + 1, 0, 0)
+            self._state = self._planner.next_epoch(self._state)
             return
         epoch = self.epoch
         while self.epoch == epoch:  # also when another iterator, or a loaded state, went on to the next one
@@ -161,18 +262,34 @@ class StreamingLoader:
     def load_state_dict(self, state: State) -> None:
         """Continue from a state, also one of another world size, batch size or number of workers.
 
+        Shards may have been added to the data set since: the epoch in progress is finished without them. A mixture may have other parts
+        and other shares: each part goes on where it was.
+
         Raises:
             StateError: a state of other shards or another order, with what differs.
         """
-        check_state(state, self._state, length=self._batches.length)
+        check_state(state, self._state)
+        state = copy.deepcopy(dict(state))
+        planner = self._plan(state["lanes"])
+        taken = planner.take_up(state)
+        cursor = Cursor(0) if taken.anew else Cursor.from_state(state)
+        run = self._shape()
+        if taken.anew or current_run(state) != run or state["fingerprint"] != self._dataset.fingerprint:
+            state |= {"parts": taken.parts, "fingerprint": self._dataset.fingerprint}
+            state = taken_up(with_cursor(state, self._batching.take_up(cursor)), run)
+        state["data"] = self._data
+        state["skipped"] = merged(state["skipped"], self._skip)
+        state = planner.without_skipped(state)
         self.close()
-        self._order, self._state = self._take_up(
-            state["lanes"], epoch=state["epoch"], start=state["position"]
-        )
+        self._planner, self._state = planner, state
 
     def report(self) -> LoaderReport:
         """What went wrong or was odd in the batches handed out so far, on this rank."""
         return copy.deepcopy(self._report)
+
+    def stats(self) -> LoaderStats:
+        """How fast the batches handed out so far came, and what the time went into, on this rank."""
+        return self._stats.stats()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_run": None}  # a copy starts workers of its own
@@ -180,85 +297,153 @@ class StreamingLoader:
     def close(self) -> None:
         """End the workers. The next ``for`` starts others; batches in the user's hands stay valid."""
         run, self._run = self._run, None
-        if run is not None and run.process != os.getpid():
+        if run is None:
+            return
+        if run.process != os.getpid():
             _foreign_runs.append(run)  # a copy that fork made: ending it here would end the parent's workers
             return
+        if run.watch is not None:
+            run.watch.close()
         # not left to the iterator's end: a traceback may hold on to it, and collected as garbage it waits 5 s for each worker
-        if run is not None and self._num_workers:
+        if self._num_workers:
             run.built._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001 - torch has no public call
+        run.remote.close()
+        run.stacks.close()
 
-    def _take_up(self, lanes: int, *, epoch: int, start: int) -> tuple[Order, State]:
-        settings = {"shuffle": self._shuffle, "block": self._block, "window": self._window}
-        order = make_order(
-            self._batches.length,
-            shuffle=self._shuffle,
+    def _plan(self, lanes: int) -> Planner:
+        settings = OrderSettings(self._shuffle, self._seed, lanes, self._block, self._window)
+        settings.order(0)  # which looks at its arguments
+        course = self._dataset.course(settings)
+        return Planner(self._dataset, course, self._batching, self._lengths.measure, self._seed, self._skip)
+
+    def _shape(self) -> dict[str, Any]:
+        """What of this run decides which batch holds what."""
+        return {
+            "global_batch_size": self._global_batch_size,
+            "world_size": self.world_size,
+            "drop_last": self._drop_last,
+        }
+
+    def _first_state(self, lanes: int) -> State:
+        return make_state(
             seed=self._seed,
             lanes=lanes,
-            block=self._block,
-            window=self._window,
+            settings={
+                "shuffle": self._shuffle,
+                "block": self._block,
+                "window": self._window,
+                **self._batching.settings,
+                **self._length_settings,
+            },
+            parts=self._planner.course.first_parts(),
+            fingerprint=self._dataset.fingerprint,
+            data=self._data,
+            run=self._shape(),
+            skipped=self._skip,
         )
-        state = make_state(
-            epoch=epoch,
-            position=start,
-            start=start,
-            seed=self._seed,
-            lanes=lanes,
-            settings=settings,
-            fingerprint=self._shards.fingerprint,
-        )
-        return order, state
 
     def _next_batch(self) -> Batch:
         if self._run is None or self._run.process != os.getpid():
             self.close()
             self._run = self._start()
+        run = self._run
         try:
-            built = next(self._run.built)
-            if isinstance(built, LoaderError):
-                raise built  # noqa: TRY301 - what is caught below closes the run first
-            pending = self._run.pending.popleft()
-            batch = self._collate(built, pending, self._run.slabs)
-            self._report.add(
-                samples=int(batch.valid.sum()),
-                faults=built.faults,
-                notes=built.notes,
-                overflowed=pending.overflowed,
+            ready = _ready(run.built)
+            begin = time.perf_counter()
+            built = self._wait(run)
+            waited = time.perf_counter() - begin
+            pending = run.pending.popleft()
+            run.remote.done(pending.number)
+            batch = collate(
+                built,
+                state=copy.deepcopy(pending.state),
+                image=self._image,
+                packed=self._packed,
+                slab=pending.slab,
+                slabs=run.slabs,
             )
+            self._account(built, batch, pending, waited=waited, ready=ready)
             self._state = pending.state
-        except BaseException as error:
+        except BaseException:
             # plans and batches may be out of step now: the next `for` plans anew from the last batch handed out
             self.close()
+            raise
+        return batch
+
+    def _wait(self, run: _Run) -> Built:
+        """The next batch as a worker has built it.
+
+        Raises:
+            LoaderError: it cannot be built, or a worker ended.
+        """
+        if run.watch is not None:
+            run.watch.begin()
+        try:
+            built = next(run.built)
+        except RuntimeError as error:
             if not str(error).startswith(_LOST_WORKER):
                 raise
-            # what came first names the signal
-            lost = error if isinstance(error.__cause__, queue.Empty | None) else error.__cause__
-            raise LoaderError(
-                f"{str(lost).strip(' .')}. Was memory short? Try fewer workers, a smaller batch, or num_workers=0."
-            ) from error
-        return batch
+            raise _explained(error, run) from error
+        if run.watch is not None:
+            run.watch.end()
+        if isinstance(built, LoaderError):
+            raise built
+        run.remote.check()
+        return built
+
+    def _account(self, built: Built, batch: Batch, pending: _Pending, *, waited: float, ready: int) -> None:
+        """Count a batch, and end the run when too many samples are bad."""
+        overflowed = pending.has_images and built.pixels is not None
+        self._report.add(
+            samples=int(batch.valid.sum()),
+            faults=built.faults,
+            notes=built.notes,
+            excluded=built.excluded,
+            overflowed=overflowed,
+        )
+        assert built.stats is not None
+        self._stats.add(built.stats, waited=waited, ready=ready, overflowed=overflowed)
+        self._policy.judge(built.faults, self._report)
 
     def _start(self) -> _Run:
         """Workers at work from the current state on."""
-        images = self._images_per_slab()
-        slabs = SlabPool(
-            self._prefetch * max(self._num_workers, 1) + _SPARE_SLABS,
-            0 if self._image is None else images * math.prod(self._image.shape),
+        dataset = self._dataset
+        slabs = SlabPool(self._prefetch * max(self._num_workers, 1) + _SPARE_SLABS, self._slab_size())
+        remote = RemoteFetch(
+            dataset.paths,
+            [shard.sidecar for shard in dataset.files],
+            [shard.bytes for shard in dataset.files],
+            [shard.xxh3_128 for shard in dataset.files],
+            cache_dir=self._cache_dir,
+            cache_size=self._cache_size,
+            timeout=self._timeout,
         )
+        remote.start()  # forked before the workers, and alone with the object stores' client
         pending: deque[_Pending] = deque()
-        planner = _Planner(self._shards, self._order, self._batches, self._state, slabs, images, pending)
-        builder = BatchBuilder(self._shards, self._image, self._text, slabs)
+        dispatch = _Dispatch(self._planner, self._state, slabs, remote, pending, self._ahead())
+        builder = BatchBuilder(
+            paths=list(dataset.paths),
+            prefixes=list(dataset.prefixes),
+            open_fetcher=remote.fetcher,
+            image=self._image,
+            text=self._text,
+            transform=self._transform,
+            seed=self._seed,
+            slabs=slabs,
+        )
+        stacks = Stacks(self._num_workers)
         workers: dict[str, Any] = {}
         if self._num_workers:
             # forked: nothing is pickled or imported again, and no semaphore name is left behind by a kill
             workers = {
                 "multiprocessing_context": "fork",
                 "prefetch_factor": self._prefetch,
-                "worker_init_fn": partial(start_worker, parent=os.getpid()),
+                "worker_init_fn": partial(start_worker, parent=os.getpid(), stacks=stacks),
             }
         built: Iterator[Built | LoaderError] = iter(
             DataLoader(
                 builder,  # type: ignore[arg-type]  # a data set whose keys are plans
-                sampler=planner,
+                sampler=dispatch,
                 batch_size=None,
                 collate_fn=_unchanged,
                 num_workers=self._num_workers,
@@ -267,123 +452,135 @@ class StreamingLoader:
             )
         )
         slabs.pin()
-        return _Run(built, pending, slabs, os.getpid())
+        watch = Watch(stacks, _processes(built), self._timeout) if self._num_workers else None
+        return _Run(built, pending, slabs, remote, stacks, watch, os.getpid())
 
-    def _images_per_slab(self) -> int:
-        """Enough for a batch of ordinary size; those with more images overflow."""
-        if self._image is None:
+    def _slab_size(self) -> int:
+        """Bytes for the images of a batch of ordinary size; larger ones overflow."""
+        planned = list(islice(self._planner.batches(self._state), self._prefetch))
+        samples = max((len(batch.samples) for batch in planned), default=0)
+        count = len(self._dataset)
+        if not samples or not count:
             return 0
-        size = self._batches.global_batch_size // self.world_size
-        images = self._shards.index["images"][:: max(1, len(self._shards.index) // 4096)]
-        most = int(images.max(initial=0))
-        return size if most <= 1 else int(1.5 * size * images.mean()) + min(most, size)
+        index = self._dataset.rows(np.linspace(0, count - 1, min(count, _SURVEYED)).astype(np.int64))
+        most = int(index.images.max())
+        if self._image is None:
+            size = int(_SLAB_MARGIN * samples * index.size.mean()) + int(index.size.max())
+            return size if most else 0
+        images = samples if most <= 1 else int(_SLAB_MARGIN * samples * index.images.mean()) + most
+        return int(min(images, samples * most) * math.prod(self._image.shape))
 
-    def _collate(self, built: Built, pending: _Pending, slabs: SlabPool) -> Batch:
-        """Tensors over a worker's arrays, and over the slab."""
-        images: torch.Tensor | list[bytes] = built.encoded
-        copied = None
-        if self._image is not None:
-            channels, height, width = self._image.shape
-            shape = (len(built.image_samples), height, width, channels)
-            pixels = built.pixels
-            if pending.slab is not None:
-                pixels = slabs.lend(pending.slab)[: math.prod(shape)].reshape(shape)
-                copied = partial(slabs.record_copy, pending.slab)
-            assert pixels is not None
-            images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        positions = torch.from_numpy(built.positions)
-        input_ids = labels = attention_mask = None
-        if built.input_ids is not None and built.labels is not None and built.lengths is not None:
-            input_ids = torch.from_numpy(built.input_ids).to(torch.int64)
-            labels = torch.from_numpy(built.labels).to(torch.int64)
-            attention_mask = torch.arange(input_ids.shape[1]) < torch.from_numpy(built.lengths)[:, None]
-        return Batch(
-            keys=built.keys,
-            positions=positions,
-            valid=positions != FILLER,
-            rows=torch.arange(len(positions)),
-            records=built.records,
-            input_ids=input_ids,
-            labels=labels,
-            attention_mask=attention_mask,
-            images=images,
-            image_samples=torch.tensor(built.image_samples, dtype=torch.int64),
-            state=copy.deepcopy(pending.state),
-            faults=tuple(built.faults),
-            _copied=copied,
-        )
+    def _ahead(self) -> int:
+        """Batches whose blocks are asked for before they are built: as many as mix the same blocks."""
+        samples = self._window * self._block * self._state["lanes"]
+        return min(_MOST_AHEAD, max(_LEAST_AHEAD, samples // (self._global_batch_size or self.world_size)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Planner:
-    """The plans of all batches from a state on, epoch after epoch; as a DataLoader's sampler, drawn as workers become free."""
+class _Dispatch:
+    """The plans of all batches from a state on; as a DataLoader's sampler, drawn as workers become free."""
 
-    shards: ShardSet
-    order: Order
-    batches: PlainBatches
+    planner: Planner
     state: State
     slabs: SlabPool
-    slab_images: int  # that fit into a slab; 0 when images are not decoded
+    remote: RemoteFetch
     pending: deque[_Pending]
+    ahead: int  # batches announced to `remote` before they are drawn
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        epoch, start = int(self.state["epoch"]), int(self.state["start"])
-        number = (self.state["position"] - start) // self.batches.global_batch_size
-        chunk = max(1, _PLANNED_POSITIONS * self.batches.world_size // self.batches.global_batch_size)
-        while count := self.batches.count(start):
-            for first in range(number, count, chunk):
-                numbers = range(first, min(first + chunk, count))
-                positions = [self.batches.positions(start, n) for n in numbers]
-                for n, plan in zip(numbers, self._plan(epoch, positions), strict=True):
-                    last = n + 1 == count
-                    after = (epoch + 1, 0, 0) if last else (epoch, self.batches.after(start, n), start)
-                    yield self._with_slab(plan, _state_at(self.state, *after), ends_epoch=last)
-            epoch, start, number = epoch + 1, 0, 0
+        for number, batch in self._announced():
+            has_images = bool(batch.index.images.any())
+            slab = self.slabs.acquire() if has_images else None
+            self.pending.append(_Pending(number, batch.state, slab, has_images))
+            yield BatchPlan(
+                number=number,
+                epoch=batch.epoch,
+                positions=batch.positions,
+                rows=batch.rows,
+                index=batch.index,
+                slab=slab,
+            )
 
-    def _plan(self, epoch: int, batches: list[IntArray]) -> Iterator[BatchPlan]:
-        """Where the samples of some batches lie, looked up together."""
-        positions = np.concatenate(batches)
-        samples = self.order.samples(epoch, positions[positions != FILLER])
-        rows = self.shards.index[samples]
-        shards = np.searchsorted(self.shards.starts, samples, side="right") - 1
-        offsets, sizes, images = (rows[name].astype(np.int64) for name in ("offset", "size", "images"))
-        end = 0
-        for batch in batches:
-            begin, end = end, end + int((batch != FILLER).sum())
-            cut = slice(begin, end)
-            yield BatchPlan(batch, shards[cut], offsets[cut], sizes[cut], images[cut])
-
-    def _with_slab(self, plan: BatchPlan, state: State, *, ends_epoch: bool) -> BatchPlan:
-        images = int(plan.images.sum()) if self.slab_images else 0
-        slab = self.slabs.acquire() if 0 < images <= self.slab_images else None
-        self.pending.append(_Pending(state, slab, images > 0 and slab is None, ends_epoch))
-        return replace(plan, slab=slab)
+    def _announced(self) -> Iterator[tuple[int, PlannedBatch]]:
+        planned = enumerate(self.planner.batches(self.state))
+        if not self.remote.is_needed:
+            yield from planned
+            return
+        waiting: deque[tuple[int, PlannedBatch]] = deque()
+        for number, batch in planned:
+            index = batch.index
+            self.remote.announce(number, index.shard, index.extent_begin, index.extent_end)
+            waiting.append((number, batch))
+            if len(waiting) > self.ahead:
+                yield waiting.popleft()
+        yield from waiting
 
 
-def _state_at(state: State, epoch: int, position: int, start: int) -> State:
-    return {**state, "epoch": epoch, "position": position, "start": start}
+def stretches(skip: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pairs of steps, ascending and disjoint.
+
+    Raises:
+        UsageError: something else.
+    """
+    found = []
+    for stretch in skip:
+        try:
+            begin, end = stretch
+        except (TypeError, ValueError):
+            raise UsageError(f"skip={skip!r}: a list of (from, to) pairs of steps is needed") from None
+        if integer("skip", begin, least=0) >= integer("skip", end, least=0):
+            raise UsageError(f"skip: ({begin}, {end}) is empty; from < to is needed")
+        found.append((int(begin), int(end)))
+    return [(begin, end) for begin, end in merged([], found)]
+
+
+def _length_settings(group_by: str | None, text: Any, image_tokens: int) -> dict[str, Any]:
+    """What decides about lengths, as far as a plan depends on them."""
+    planned = text is not None or group_by in ("length", "modality_length")
+    return {
+        "lengths": getattr(text, "fingerprint", "words") if planned else None,
+        "image_tokens": image_tokens if planned else None,
+    }
+
+
+def _global_batch_size(
+    batch_size: int | None, global_batch_size: int | None, world_size: int, *, budget: bool
+) -> int | None:
+    if batch_size is not None and global_batch_size is None:
+        return integer("batch_size", batch_size, least=1) * world_size
+    if batch_size is None and global_batch_size is not None:
+        return integer("global_batch_size", global_batch_size, least=1)
+    if batch_size is None and budget:
+        return None
+    raise UsageError("batch_size (per rank) or global_batch_size is needed, and not both")
+
+
+def _explained(error: RuntimeError, run: _Run) -> LoaderError:
+    """What torch says of a worker that ended, with what there is to see of it."""
+    if run.watch is not None and run.watch.found:
+        return LoaderError(
+            f"no batch came for {run.watch.timeout:g} s (timeout=). What the workers were doing:\n{run.watch.found}"
+        )
+    # what came first names the signal
+    lost = error if isinstance(error.__cause__, queue.Empty | None) else error.__cause__
+    stack = run.stacks.all_written()
+    return LoaderError(
+        f"{str(lost).strip(' .')}. Was memory short? Try fewer workers, a smaller batch, or num_workers=0."
+        + (f"\n{stack}" if stack else "")
+    )
+
+
+def _processes(built: Any) -> list[int]:
+    return [worker.pid for worker in built._workers]  # noqa: SLF001 - torch has no public name for them
+
+
+def _ready(built: Any) -> int:
+    """Batches that have come back from the workers and wait to be handed out."""
+    if not hasattr(built, "_task_info"):  # without workers
+        return 0
+    early = sum(len(task) > 1 for task in built._task_info.values())  # noqa: SLF001 - torch has no public name for them
+    return early + int(built._worker_result_queue.qsize())  # noqa: SLF001
 
 
 def _unchanged(built: Any) -> Any:
     return built
-
-
-def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """This process's rank and the number of ranks."""
-    if (rank is None) != (world_size is None):
-        raise UsageError(
-            f"rank={rank}, world_size={world_size}: give both, or none to take torch.distributed's"
-        )
-    if rank is not None and world_size is not None:
-        return integer("rank", rank), integer("world_size", world_size)
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def _plain(shards: ShardSet) -> ShardSet:
-    if compressed := [shard.path for shard in shards.shards if is_compressed(shard.path)]:
-        raise UsageError(
-            f"{compressed[0]}: the loader reads plain tars only; `shardify reshard` writes such shards from compressed ones"
-        )
-    return shards

@@ -42,6 +42,9 @@ CYCLE = 1 << 15
 _MAX_CYCLES = 1 << 20  # of an epoch: the table of their beginnings stays small
 _LANE_STEPS = 8  # positions of each lane in a cycle, at least: fewer could not be shuffled
 _MAX_RATE = 10**6
+_GONE = -(
+    1 << 62
+)  # in place of the first sample of a part that is not in the mixture any more: its samples are below 0
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: its multiples fall evenly into [0, 2**64)
 _MAX_TAKEN = 1 << 26  # draws that a state may name as taken out of their order
 
@@ -190,6 +193,17 @@ class MixtureCourse:
         stocks = [_Stock.of(entries[part.name]) for part in self._sorted]
         return MixtureEpoch(number, self._sorted, tuple(stocks), self.settings)
 
+    def as_planned(self, number: int, parts: Parts, fingerprint: Fingerprint) -> "MixtureEpoch":  # noqa: ARG002
+        """The order of a state's epoch; see `Course`. Samples of parts that are not in this mixture any more have numbers below 0.
+
+        Raises:
+            StateError: `parts` are none of a mixture's, or a part has other data under the same name.
+        """
+        check_parts(parts, 0)
+        self._check_data({entry["name"]: entry for entry in parts})
+        first = {part.name: part.first for part in self.parts}
+        return _planned(number, parts, first, self.settings)
+
     def parts_after(self, number: int, parts: Parts, position: int) -> Parts:
         """The same within an epoch; after its last position, those that the next one begins with."""
         if position < sum(entry["draws"] for entry in parts):
@@ -305,21 +319,34 @@ class MixtureCourse:
 
     def _consumed(self, number: int, parts: Parts, position: int, also: IntArray) -> Parts:
         """The entries after some positions of an epoch, of this mixture or another."""
-        active = sorted(
-            (entry for entry in parts if _rate(entry) is not None), key=lambda entry: str(entry["name"])
-        )
-        as_parts = tuple(
-            MixturePart(entry["name"], Fraction(1), 1, 0, entry["fingerprint"], lambda _: None)
-            for entry in active
-        )
-        stocks = tuple(_Stock.of(entry) for entry in active)
-        epoch = MixtureEpoch(number, as_parts, stocks, self.settings)
+        active = [entry for entry in parts if _rate(entry) is not None]
+        active.sort(key=lambda entry: str(entry["name"]))
+        epoch = _planned(number, parts, {}, self.settings)
+        stocks = epoch.stocks
         firsts, taken = epoch.consumed(position, also)
         moved = [
             {**entry, **stock.after(first, more)}
             for entry, stock, first, more in zip(active, stocks, firsts, taken, strict=True)
         ]
         return [*moved, *(entry for entry in parts if _rate(entry) is None)]
+
+
+def _planned(number: int, parts: Parts, first: Mapping[str, int], settings: OrderSettings) -> "MixtureEpoch":
+    """The order of an epoch of which only the state is known; `first` has the first flat sample number of the parts that are still there."""
+    active = [entry for entry in parts if _rate(entry) is not None]
+    active.sort(key=lambda entry: str(entry["name"]))
+    as_parts = tuple(
+        MixturePart(
+            entry["name"],
+            Fraction(1),
+            entry["samples"][-1][1],
+            first.get(entry["name"], _GONE),
+            entry["fingerprint"],
+            lambda _: None,
+        )
+        for entry in active
+    )
+    return MixtureEpoch(number, as_parts, tuple(_Stock.of(entry) for entry in active), settings)
 
 
 def _shares(number: int, weights: Mapping[str, Fraction], samples: int) -> dict[str, int]:

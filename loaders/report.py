@@ -23,6 +23,7 @@ class LoaderReport:
         faults: samples that became fillers, by reason code.
         notes: odd texts that were kept, by code (`loaders.text.TextResult.notes`).
         listed: the first `MAX_FAULTS` faults.
+        excluded: samples that the user's list left out.
         overflowed: batches whose pixels lay in ordinary memory since all slabs were in use, or it needed more than one.
     """
 
@@ -31,14 +32,22 @@ class LoaderReport:
     faults: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     listed: list[SampleFault] = field(default_factory=list)
+    excluded: int = 0
     overflowed: int = 0
 
     def add(
-        self, *, samples: int, faults: Iterable[SampleFault], notes: Iterable[str], overflowed: bool
+        self,
+        *,
+        samples: int,
+        faults: Iterable[SampleFault],
+        notes: Iterable[str],
+        overflowed: bool,
+        excluded: int = 0,
     ) -> None:
         """Count a batch; the first fault of each code is logged as a warning."""
         self.batches += 1
         self.samples += samples
+        self.excluded += excluded
         self.overflowed += overflowed
         self.notes.update(notes)
         for fault in faults:

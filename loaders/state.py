@@ -1,8 +1,9 @@
-"""The loader's state: a few integers that name the next position, and what the order depends on."""
+"""The loader's state: a few integers that name the next batch, what the order depends on, and how the run came here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loaders.batching import Cursor
 from loaders.order import MAX_LANES, ORDER_VERSION
 from shardify.errors import StateError
 
@@ -17,77 +18,130 @@ _FIELDS: dict[str, type] = {
     "epoch": int,
     "position": int,
     "start": int,
+    "window": int,
+    "offset": int,
+    "legs": list,
+    "step": int,
+    "samples": int,
     "seed": int,
     "lanes": int,
     "settings": dict,
-    "legs": list,
     "parts": list,
     "fingerprint": dict,
+    "data": dict,
+    "history": list,
+    "skipped": list,
 }
+_COUNTS = ("epoch", "position", "start", "window", "offset", "step", "samples")
+RUN = ("global_batch_size", "world_size", "drop_last")
+"""What of a run decides which batch holds what, and may be another when the run is continued."""
+
+_CURSOR = ("epoch", "position", "start", "window", "offset", "legs")
+_MAX_LEGS = 100_000
 
 
 def make_state(
     *,
-    epoch: int,
-    position: int,
-    start: int,
     seed: int,
     lanes: int,
     settings: Mapping[str, Any],
+    parts: Sequence[Mapping[str, Any]],
     fingerprint: Mapping[str, Any],
+    data: Mapping[str, Any],
+    run: Mapping[str, Any],
+    skipped: Sequence[tuple[int, int]] = (),
 ) -> State:
-    """A state, JSON-able.
+    """The state at the beginning of a run, JSON-able.
 
     Args:
-        epoch: from 0.
-        position: the next one, in the order of the epoch.
-        start: where this run took up the epoch.
         seed: of the order.
         lanes: of the order.
-        settings: what else the order depends on.
+        settings: what else the order and the batches depend on.
+        parts: cursors of a mixture's parts.
         fingerprint: of the shards.
+        data: what the user called it, so that it can be found again.
+        run: what may be another from run to run: `RUN`.
+        skipped: stretches of steps that are left out.
     """
-    return {
+    state: State = {
         "version": STATE_VERSION,
         "order_version": ORDER_VERSION,
-        "epoch": epoch,
-        "position": position,
-        "start": start,
+        "epoch": 0,
+        "position": 0,
+        "start": 0,
+        "window": 0,
+        "offset": 0,
+        "legs": [],
+        "step": 0,
+        "samples": 0,
         "seed": seed,
         "lanes": lanes,
         "settings": dict(settings),
-        "legs": [],
-        "parts": [],
+        "parts": [dict(part) for part in parts],
         "fingerprint": dict(fingerprint),
+        "data": dict(data),
+        "history": [],
+        "skipped": merged([], skipped),
     }
+    return taken_up(state, run)
 
 
-def check_state(state: Any, current: State, *, length: int) -> None:
-    """Refuse a state that would continue in another order, over other samples, or that is none.
+def with_cursor(state: State, cursor: Cursor) -> State:
+    """A state of the same epoch with another cursor."""
+    return {**state, **cursor.to_state()}
+
+
+def taken_up(state: State, run: Mapping[str, Any]) -> State:
+    """A state from which a run of another shape goes on, with that in its history."""
+    entry = {
+        "step": state["step"],
+        "samples": state["samples"],
+        **{name: state[name] for name in _CURSOR},
+        "parts": state["parts"],
+        "fingerprint": state["fingerprint"],
+        **run,
+    }
+    # what took no step leaves no trace
+    history = [past for past in state["history"] if past["step"] < state["step"]]
+    return {**state, "history": [*history, entry]}
+
+
+def merged(skipped: Sequence[Sequence[int]], more: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Stretches of steps, ascending, with those that touch made one."""
+    result: list[list[int]] = []
+    for begin, end in sorted([*map(tuple, skipped), *map(tuple, more)]):
+        if result and begin <= result[-1][1]:
+            result[-1][1] = max(end, result[-1][1])
+        else:
+            result.append([begin, end])
+    return result
+
+
+def current_run(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The `RUN` under which a state was made."""
+    last = state["history"][-1]
+    return {name: last[name] for name in RUN}
+
+
+def check_state(state: Any, current: State) -> None:
+    """Refuse a state that would continue in another order, or that is none; the shards are the course's to compare.
 
     Args:
         state: what was loaded.
         current: the loader's own state.
-        length: positions in an epoch.
 
     Raises:
         StateError: with everything that differs.
     """
     if not isinstance(state, Mapping):
         raise StateError(f"a loader state is a dict, this is {type(state).__name__}")
-    missing = [name for name in _FIELDS if name not in state]
-    if missing:
+    if missing := [name for name in _FIELDS if name not in state]:
         raise StateError(f"not a loader state: {', '.join(missing)} missing")
-    wrong = [
-        name
-        for name, kind in _FIELDS.items()
-        if not isinstance(state[name], kind) or isinstance(state[name], bool)
-    ]
-    if wrong:
+    if wrong := [name for name, kind in _FIELDS.items() if not _is(state[name], kind)]:
         raise StateError(f"not a loader state: {', '.join(f'{n}={state[n]!r}' for n in wrong)}")
     differences = [
         f"{name} is {state[name]} in the state, {current[name]} here"
-        for name in ("version", "order_version", "seed", "legs", "parts")
+        for name in ("version", "order_version", "seed")
         if state[name] != current[name]
     ]
     differences += [
@@ -95,25 +149,45 @@ def check_state(state: Any, current: State, *, length: int) -> None:
         for name in {**current["settings"], **state["settings"]}
         if state["settings"].get(name) != current["settings"].get(name)
     ]
-    if state["fingerprint"] != current["fingerprint"]:
-        there, here = _shards(state["fingerprint"]), _shards(current["fingerprint"])
-        differences.append(
-            f"it was made over {there}; here are {here}"
-            if there != here
-            else f"it was made over other shards, or another order of them (as many of both): {there}"
-        )
     if differences:
         raise StateError(f"this state does not continue here: {'; '.join(differences)}")
-    if not (
-        0 <= state["start"] <= state["position"] <= length
-        and state["epoch"] >= 0
-        and 1 <= state["lanes"] <= MAX_LANES
-    ):
-        raise StateError(
-            f"not a state of {length} positions: epoch {state['epoch']}, position {state['position']}, start {state['start']},"
-            f" lanes {state['lanes']}"
-        )
+    _check_values(state)
 
 
-def _shards(fingerprint: Mapping[str, Any]) -> str:
-    return f"{fingerprint.get('shards')} shards of {fingerprint.get('samples')} samples"
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _check_values(state: Mapping[str, Any]) -> None:
+    counts = all(0 <= state[name] < 2**62 for name in _COUNTS)
+    if not counts or state["start"] > state["position"] or not 1 <= state["lanes"] <= MAX_LANES:
+        shown = ", ".join(f"{name} {state[name]}" for name in (*_COUNTS, "lanes"))
+        raise StateError(f"not a state of any run: {shown}")
+    if len(state["legs"]) > _MAX_LEGS or not all(_is_counts(leg, 2, 3) for leg in state["legs"]):
+        raise StateError("not a loader state: legs is no list of (batch size, batches)")
+    if not all(_is_counts(stretch, 2, 2) for stretch in state["skipped"]):
+        raise StateError("not a loader state: skipped is no list of (from, to)")
+    entries = all(isinstance(entry, Mapping) and _is_entry(entry) for entry in state["history"])
+    if not entries or not state["history"]:
+        raise StateError("not a loader state: its history is damaged")
+
+
+def _is_counts(value: Any, least: int, most: int) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and least <= len(value) <= most
+        and all(_is(number, int) and 0 <= number < 2**62 for number in value)
+    )
+
+
+def _is_entry(entry: Mapping[str, Any]) -> bool:
+    numbers = (*(name for name in _CURSOR if name != "legs"), "step", "samples", "world_size")
+    size = entry.get("global_batch_size")
+    return (
+        all(_is(entry.get(name), int) and 0 <= entry[name] < 2**62 for name in numbers)
+        and (size is None or (_is(size, int) and 0 < size < 2**62))
+        and isinstance(entry.get("drop_last"), bool)
+        and all(isinstance(entry.get(name), list) for name in ("legs", "parts"))
+        and isinstance(entry.get("fingerprint"), Mapping)
+        and all(_is_counts(leg, 2, 3) for leg in entry["legs"])
+    )

@@ -122,6 +122,20 @@ class WindowBatches:
         self._memory.clear()
         return replace(cursor, start=cursor.position)
 
+    def consumed(self, epoch: EpochView, cursor: Cursor) -> tuple[int, IntArray]:
+        """All positions of the windows before the cursor's, and what was taken of that one.
+
+        Raises:
+            StateError: a cursor of other data or settings.
+        """
+        if cursor.window >= self.plan.windows(epoch):
+            return epoch.length, np.zeros(0, np.int64)
+        earlier, done = self._legs(cursor)
+        rows, units = self._arranged(epoch, cursor.window, earlier, done)
+        left, _ = units.rows.of_lists(units.items(done, len(units)))
+        taken = np.setdiff1d(np.arange(len(rows.samples), dtype=np.int64), left, assume_unique=True)
+        return cursor.window * self.plan.plan_window, np.sort(rows.samples.of_lists(taken)[0])
+
     def count(self, epoch: EpochView, cursor: Cursor) -> int:
         """Batches left. The first call plans what is left of the epoch, and keeps two integers a window.
 
@@ -168,7 +182,10 @@ class WindowBatches:
         share = self._batch_items // self.world_size
         earlier, done = self._legs(cursor)
         begin = position = cursor.position  # of the next batch, and of the next item to plan
-        strip = _fillers(0)
+        strip, sizes = (
+            _fillers(0),
+            np.zeros(0, np.int64),
+        )  # of items that are in no batch yet, those of other ranks among the sizes
         windows = self.plan.windows(epoch)
         for window in range(cursor.window, windows):
             rows, units = self._arranged(epoch, window, earlier, done)
@@ -178,21 +195,26 @@ class WindowBatches:
             position = first + len(units)
             whole = (position - begin) // self._batch_items
             ready, strip = strip.cut(whole * share)
-            for samples, in_rows in ready.batches([share] * whole):
+            sizes = np.concatenate((sizes, rows.sizes(units.rows, units.full[done:, 0])))
+            in_batches = (
+                sizes[: whole * self._batch_items].reshape(whole, self._batch_items).sum(axis=1).tolist()
+            )
+            sizes = sizes[whole * self._batch_items :]
+            for count, (samples, in_rows) in zip(in_batches, ready.batches([share] * whole), strict=True):
                 begin += self._batch_items
                 after = (
                     self._cursor(begin, cursor.start, window, earlier, begin - first)
                     if begin < position
                     else Cursor(begin, cursor.start, window + 1)
                 )
-                yield Positions(samples, in_rows, after, last=False)
+                yield Positions(samples, in_rows, count, after, last=False)
             earlier, done = (), 0
         end = Cursor(position, cursor.start, windows)
         if position > begin and not self.drop_last:
             share = -(-(position - begin) // self.world_size)
             strip = strip.then(_fillers(share - len(strip.item_sizes)))
             for samples, in_rows in strip.batches([share]):
-                yield Positions(samples, in_rows, end, last=False)
+                yield Positions(samples, in_rows, int(sizes.sum()), end, last=False)
         return end
 
     def _groups(self, epoch: EpochView, cursor: Cursor) -> Generator[Positions, None, Cursor]:
@@ -209,8 +231,9 @@ class WindowBatches:
             own = [self._share(full), *(self._share(_filled_up(unit, self.world_size)) for unit in short)]
             strip = _Strip.of(rows, units.rows, np.concatenate([items.reshape(-1) for items in own]))
             sizes = [full.shape[1]] * len(full) + [len(unit) for unit in short]
+            counts = np.split(rows.sizes(units.rows, units.items(done, len(units))), np.cumsum(sizes))
             shares = [items.shape[1] for items in own for _ in items]
-            for size, (samples, in_rows) in zip(sizes, strip.batches(shares), strict=True):
+            for size, count, (samples, in_rows) in zip(sizes, counts, strip.batches(shares), strict=False):
                 done += 1
                 position += size
                 after = (
@@ -218,7 +241,7 @@ class WindowBatches:
                     if done < len(units)
                     else Cursor(end, cursor.start, window + 1)
                 )
-                yield Positions(samples, in_rows, after, last=False)
+                yield Positions(samples, in_rows, int(count.sum()), after, last=False)
             earlier, done, position = (), 0, end
         return Cursor(position, cursor.start, windows)
 

@@ -75,6 +75,14 @@ class Rows:
     tiles: IntArray
     kinds: IntArray  # rows of different kinds share no unit
 
+    def sizes(self, lists: Ragged, chosen: IntArray) -> IntArray:
+        """Samples in each of some lists of rows, none of them empty; int64 [n] to int64 [n]."""
+        rows, counts = lists.of_lists(chosen)
+        if not len(rows):
+            return np.zeros(0, np.int64)
+        sizes: IntArray = np.add.reduceat(np.diff(self.samples.bounds)[rows], np.cumsum(counts) - counts)
+        return sizes
+
 
 @dataclass(frozen=True, slots=True)
 class Items:

@@ -173,7 +173,10 @@ def test_a_state_continues_under_another_world_and_batch_size(plain_data, world,
     ]
     for loader in resumed:
         loader.load_state_dict(state)
-        assert loader.state_dict() == {**state, "start": 48}
+        taken_up = loader.state_dict()
+        assert taken_up["history"][:-1] == state["history"]
+        assert taken_up["history"][-1]["world_size"] == world
+        assert taken_up == {**state, "start": 48, "history": taken_up["history"]}
     steps = list(zip(*resumed, strict=True))
     assert len(steps) == -(-(103 - 48) // (world * batch_size))
     seen += numbers(batch for step in steps for batch in step)
@@ -549,7 +552,7 @@ class DyingImage:
 
     shape = (3, 8, 8)
 
-    def into(self, data, out):
+    def prepare(self, data):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -564,7 +567,7 @@ def test_a_dying_worker_is_one_of_our_errors_when_waited_for(plain_data):
 class BuggyImage:
     shape = (3, 8, 8)
 
-    def into(self, data, out):
+    def prepare(self, data):
         raise RuntimeError("a bug of the user's")
 
 

@@ -2,43 +2,66 @@
 
 import copy
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loaders.batching import Cursor
 from loaders.order import ORDER_VERSION
-from loaders.state import STATE_VERSION, check_state, make_state
+from loaders.state import STATE_VERSION, check_state, current_run, make_state, merged, taken_up, with_cursor
 from shardify.errors import StateError
 
-LENGTH = 1000
+RUN = {"global_batch_size": 64, "world_size": 2, "drop_last": False}
 
 
 def state(**changes):
     made = make_state(
-        epoch=3,
-        position=500,
-        start=100,
         seed=7,
         lanes=64,
         settings={"shuffle": "block", "block": 32, "window": 8},
-        fingerprint={"shards": 4, "samples": LENGTH, "digest": "ab" * 16},
+        parts=[],
+        fingerprint={"shards": 4, "samples": 1000, "digest": "ab" * 16},
+        data={"shards": "data/{000..003}.tar"},
+        run=RUN,
     )
-    return {**made, **changes}
+    return {**with_cursor(made, Cursor(500, start=100)), "epoch": 3, "step": 70, "samples": 3500, **changes}
 
 
 def test_a_state_is_small_json():
     text = json.dumps(state())
-    assert len(text) < 500
+    assert len(text) < 1000
     assert json.loads(text) == state()
     assert set(state()) == {
-        *("version", "order_version", "epoch", "position", "start", "seed", "lanes"),
-        *("settings", "legs", "parts", "fingerprint"),
+        *("version", "order_version", "epoch", "position", "start", "window", "offset", "legs"),
+        *("step", "samples", "seed", "lanes", "settings", "parts", "fingerprint"),
+        *("data", "history", "skipped"),
     }
 
 
 def test_what_may_change_does():
-    check_state(state(epoch=9, position=1000, start=1000, lanes=5), state(), length=LENGTH)
+    check_state(state(epoch=9, position=1000, start=1000, lanes=5), state())
+    check_state(taken_up(state(), {**RUN, "world_size": 7, "global_batch_size": None}), state())
+    check_state(state(legs=[[16, 3], [8, 1, 2]], window=4, offset=2, skipped=[[3, 9]]), state())
+
+
+def test_a_run_of_another_shape_is_in_the_history():
+    again = taken_up(state(), {**RUN, "world_size": 3})
+    assert current_run(state()) == RUN
+    assert current_run(again) == {**RUN, "world_size": 3}
+    assert [(entry["step"], entry["position"]) for entry in again["history"]] == [(0, 0), (70, 500)]
+    # what took no step leaves no trace
+    assert len(taken_up(again, RUN)["history"]) == 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=8), st.integers(0, 8))
+def test_stretches_are_merged(pairs, cut):
+    stretches = [(begin, begin + length) for begin, length in pairs]
+    steps = {step for begin, end in stretches for step in range(begin, end)}
+    result = merged(stretches[:cut], stretches[cut:])
+    assert {step for begin, end in result for step in range(begin, end)} == steps
+    assert all(one[1] < other[0] for one, other in pairwise(result))
 
 
 @pytest.mark.parametrize(
@@ -55,43 +78,34 @@ def test_what_may_change_does():
             "shuffle is None in the state, 'block' here",
         ),
         ({"settings": {"shuffle": "block", "block": 32}}, "window is None in the state, 8 here"),
-        (
-            {"fingerprint": {"shards": 5, "samples": 999, "digest": "cd"}},
-            "made over 5 shards of 999 samples; here are 4 shards of 1000 samples",
-        ),
-        (
-            {"fingerprint": {"shards": 4, "samples": LENGTH, "digest": "cd"}},
-            "other shards, or another order of them .as many of both.: 4 shards of 1000",
-        ),
-        ({"fingerprint": {}}, "None shards"),
-        ({"position": 1001}, "not a state of 1000 positions"),
-        ({"start": 501}, "not a state of 1000 positions"),
-        ({"start": -1}, "not a state of 1000 positions"),
-        ({"epoch": -1}, "not a state of 1000 positions"),
-        ({"lanes": 0}, "not a state of 1000 positions"),
+        ({"start": 501}, "not a state of any run"),
+        ({"start": -1}, "not a state of any run"),
+        ({"epoch": -1}, "not a state of any run"),
+        ({"lanes": 0}, "not a state of any run"),
         ({"position": "500"}, "position='500'"),
         ({"seed": True}, "seed=True"),
         ({"settings": None}, "settings=None"),
+        ({"legs": [[1]]}, "legs"),
+        ({"legs": [[4, -1]]}, "legs"),
+        ({"skipped": [[1, 2, 3]]}, "skipped"),
+        ({"history": []}, "history"),
+        ({"history": [{"step": 0}]}, "history"),
     ],
 )
 def test_what_may_not_change_is_named(changes, said):
     with pytest.raises(StateError, match=said):
-        check_state(state(**changes), state(), length=LENGTH)
+        check_state(state(**changes), state())
 
 
 def test_several_differences_are_all_named():
-    with pytest.raises(StateError, match=r"seed is 1 .*; block is 3 .*; it was made over"):
-        check_state(
-            state(seed=1, settings={"shuffle": "block", "block": 3, "window": 8}, fingerprint={"shards": 1}),
-            state(),
-            length=LENGTH,
-        )
+    with pytest.raises(StateError, match=r"seed is 1 .*; block is 3 "):
+        check_state(state(seed=1, settings={"shuffle": "block", "block": 3, "window": 8}), state())
 
 
 @pytest.mark.parametrize("value", [None, 5, "state", [], [1]])
 def test_what_is_no_dict_is_refused(value):
     with pytest.raises(StateError, match="a loader state is a dict"):
-        check_state(value, state(), length=LENGTH)
+        check_state(value, state())
 
 
 JSON = st.recursive(
@@ -108,7 +122,7 @@ def test_a_malformed_state_is_never_another_error(changes, drop):
         del broken[next(iter(changes))]
     before = copy.deepcopy(broken)
     try:
-        check_state(broken, state(), length=LENGTH)
+        check_state(broken, state())
     except StateError:
         pass
     else:
