@@ -12,13 +12,14 @@ import zstandard
 
 from loaders.fetch.blocks import Fault
 from shardify.errors import FormatError
-from shardify.format.headers import BLOCK, REGULAR, parse_header
+from shardify.format.headers import BLOCK, EXTENSIONS, REGULAR, parse_header
 from shardify.format.sidecar import numbers_of, read_sidecar
 from shardify.format.tar import padding, read_members, split_name
 from shardify.format.zstd import decompress_frame
 
 IntArray = npt.NDArray[np.int64]
 _COUNTS = 2
+_CHECKSUM = slice(148, 156)  # in a header
 _OTHER_BYTES = "its bytes are not those that were written"
 
 
@@ -112,7 +113,7 @@ def check(
     Args:
         data: whole samples, or whole frames of a compressed shard.
         begin: where they begin in the shard.
-        hashes: of the shard; None checks headers and lengths alone, and frames by the checksums they have in themselves.
+        hashes: of the shard, which say nothing of names in extended headers, as other programs write them; None checks headers and lengths alone, and frames by the checksums they have in themselves.
         compressed: whether the shard is a ``.tar.zst``.
 
     Returns:
@@ -122,38 +123,86 @@ def check(
     if hashes is None:
         return _check_frames(data, begin) if compressed else _check_headers(data, begin)
     first, last = np.searchsorted(hashes.offsets, [begin, begin + len(data)]).tolist()
-    starts = (hashes.offsets[first:last] - begin).tolist()
-    sizes = hashes.sizes[first:last].tolist()
-    ends = hashes.ends[first : last + 1].tolist()
-    low = ends[0]
-    places = hashes.member_offsets[low : ends[-1]].tolist()
-    lengths = hashes.member_sizes[low : ends[-1]].tolist()
-    expected = hashes.xxh3_64[low : ends[-1]].tolist()
-    faults: list[Fault] = []
-    frame: tuple[int, bytes | Fault] = (-1, b"")
-    for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+    members = slice(int(hashes.ends[first]), int(hashes.ends[last]))
+    part = _Part(
+        data,
+        hashes.offsets[first:last] - begin,
+        hashes.sizes[first:last],
+        hashes.ends[first : last + 1] - members.start,
+        hashes.member_offsets[members] - (0 if compressed else begin),
+        hashes.member_sizes[members],
+        hashes.xxh3_64[members],
+    )
+    faults: dict[Fault, None] = {}  # samples share frames
+    frame: tuple[int, bytes | str] = (-1, "")
+    for number in range(last - first) if compressed else part.doubtful():
+        start, size = int(part.starts[number]), int(part.sizes[number])
+        mine = slice(int(part.ends[number]), int(part.ends[number + 1]))
         span = data[start : start + size]
-        mine = slice(ends[number] - low, ends[number + 1] - low)
-        fault = ""
         if len(span) < size:
             fault = "the shard ends inside it"
         elif compressed:
             if frame[0] != start:
-                frame = start, _frame(span, begin + start)
-            if isinstance(frame[1], Fault):
-                fault = frame[1].detail
-            else:
-                content = frame[1]
-                held = [
-                    xxhash.xxh3_64_intdigest(memoryview(content)[at : at + length])
-                    for at, length in zip(places[mine], lengths[mine], strict=True)
-                ]
-                fault = "" if held == expected[mine] else _OTHER_BYTES
+                frame = start, _frame(span)
+            fault = frame[1] if isinstance(frame[1], str) else part.compare(memoryview(frame[1]), mine)
         else:
-            fault = _check_sample(span, lengths[mine], expected[mine])
+            fault = _check_sample(span, part.lengths[mine].tolist(), part.expected[mine].tolist())
         if fault:
-            faults.append(Fault(begin + start, begin + start + size, fault))
-    return last - first, list(dict.fromkeys(faults))  # samples share frames
+            faults[Fault(begin + start, begin + start + size, fault)] = None
+    return last - first, list(faults)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Some bytes of a shard, and what they should be: int64 arrays as those of `Hashes`, counted from the first byte."""
+
+    data: memoryview
+    starts: IntArray
+    sizes: IntArray
+    ends: IntArray
+    places: IntArray
+    lengths: IntArray
+    expected: npt.NDArray[np.uint64]
+
+    def doubtful(self) -> list[int]:
+        """Samples of a plain shard to be looked at one by one.
+
+        The others consist of nothing but plain headers with the right sums, members with the right hashes, and padding.
+        """
+        blocks = np.frombuffer(self.data[: len(self.data) // BLOCK * BLOCK], np.uint8).reshape(-1, BLOCK)
+        padded = (self.lengths + BLOCK - 1) // BLOCK * BLOCK
+        ends = np.concatenate([[0], np.cumsum(padded + BLOCK)])
+        good = (ends[self.ends[1:]] - ends[self.ends[:-1]] == self.sizes) & (
+            self.starts + self.sizes <= len(self.data)
+        )
+        rows = (self.places - BLOCK) // BLOCK
+        inside = (self.places % BLOCK == 0) & (rows >= 0) & (rows < len(blocks))
+        headers = blocks[np.where(inside, rows, 0)]
+        right = inside & _sums_are_right(headers) & (self._hashes(self.data) == self.expected)
+        wrong = np.concatenate([[0], np.cumsum(~right)])
+        good &= wrong[self.ends[1:]] == wrong[self.ends[:-1]]
+        doubtful: list[int] = np.flatnonzero(~good).tolist()
+        return doubtful
+
+    def compare(self, content: memoryview, mine: slice) -> str:
+        """What is wrong with some members in a decompressed frame; empty when nothing is."""
+        hashes = self._hashes(content, mine)
+        return "" if np.array_equal(hashes, self.expected[mine]) else _OTHER_BYTES
+
+    def _hashes(self, content: memoryview, mine: slice = slice(None)) -> npt.NDArray[np.uint64]:
+        spans = zip(self.places[mine].tolist(), self.lengths[mine].tolist(), strict=True)
+        digest = xxhash.xxh3_64_intdigest
+        return np.array([digest(content[at : at + length]) for at, length in spans], np.uint64)
+
+
+def _sums_are_right(headers: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Whether headers, uint8 [n, 512], have the checksums they state, in the form that all common writers use: six octal digits."""
+    digits = headers[:, _CHECKSUM][:, :6].astype(np.int64) - ord("0")
+    stated = digits @ (8 ** np.arange(5, -1, -1))
+    sums = headers.sum(axis=1, dtype=np.int64) - headers[:, _CHECKSUM].sum(axis=1, dtype=np.int64)
+    is_octal = ((digits >= 0) & (digits < 8)).all(axis=1)
+    is_ended = np.isin(headers[:, _CHECKSUM][:, 6:], (0, ord(" "))).all(axis=1)
+    return np.asarray(is_octal & is_ended & (sums + 8 * ord(" ") == stated), np.bool_)
 
 
 def _check_sample(span: memoryview, lengths: list[int], expected: list[int]) -> str:
@@ -168,16 +217,17 @@ def _check_sample(span: memoryview, lengths: list[int], expected: list[int]) -> 
     return ""
 
 
-def _frame(span: memoryview, at: int) -> bytes | Fault:
+def _frame(span: memoryview) -> bytes | str:
+    """A frame's content, or what is wrong with it."""
     try:
         return decompress_frame(span, where="its frame")
     except FormatError as error:
-        return Fault(at, at + len(span), str(error))
+        return str(error)
 
 
 def _check_headers(data: memoryview, begin: int) -> tuple[int, list[Fault]]:
     at = samples = 0
-    key = None
+    key, extended = None, False
     while at < len(data):
         header = parse_header(data, at)
         if header is None:
@@ -189,8 +239,9 @@ def _check_headers(data: memoryview, begin: int) -> tuple[int, list[Fault]]:
         found = split_name(name)
         if kind in REGULAR and found is not None and found[0] != key:
             key, samples = found[0], samples + 1
+        extended = extended or kind in EXTENSIONS
         at = end
-    return samples, []
+    return 0 if extended else samples, []  # extended names may be cut off here
 
 
 def _check_frames(data: memoryview, begin: int) -> tuple[int, list[Fault]]:
