@@ -67,15 +67,13 @@ def plot_shuffle(found: dict[str, Any]) -> None:
     }
     shown = {name: colour for name, colour in shown.items() if name in found["orders"]}
     figure, (near, places) = plt.subplots(1, 2, figsize=(11, 4.2))
+    expected = found["uniform"]["next_neighbours"]
     for name, colour in shown.items():
-        curve = found["orders"][name]["neighbours_by_distance"]
-        floor = found["uniform"]["next_neighbours"] / 3
-        near.loglog(
-            [int(d) for d in curve], [max(share, floor) for share in curve.values()], color=colour, label=name
-        )
-    near.axhline(found["uniform"]["next_neighbours"], color="black", linewidth=0.8, linestyle=":")
-    near.set_xlabel("samples apart on a rank", fontsize=9)
-    near.set_title("share that was stored in the same 32 (dotted: uniform)", fontsize=10)
+        curve = {int(d): share for d, share in found["orders"][name]["neighbours_within"].items() if share}
+        near.loglog(list(curve), list(curve.values()), color=colour, label=name)
+    near.loglog([1, 1 << 16], [expected, expected * (1 << 16)], color="black", linewidth=0.8, linestyle=":")
+    near.set_xlabel("next samples on the rank", fontsize=9)
+    near.set_title("how many of them were stored in the same 32 (dotted: uniform)", fontsize=10)
     near.legend(fontsize=8)
     for row, (name, colour) in enumerate(shown.items()):
         # one path of many strokes, which makes a smaller file than as many marks

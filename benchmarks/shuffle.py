@@ -91,12 +91,9 @@ def described(order: IntArray, *, samples: int, unit: int) -> dict[str, Any]:
     }
     return {
         **{name: float(f"{value:.4g}") for name, value in measures.items()},
-        "neighbours_by_distance": {
-            d: float(f"{_apart(streams, d):.4g}") for d in _distances(streams.shape[1])
-        },
-        "a_quarter_in": stored[len(stored) // 4 :][
-            : 1 << 13 : 16
-        ].tolist(),  # for the plot: 512 of 8,192 in a row
+        "neighbours_within": _within(streams // BLOCK),
+        # for the plot: 512 samples of some 8,700 in a row, at a distance that has nothing to do with ranks or lanes
+        "a_quarter_in": stored[len(stored) // 4 :][: 17 * 512 : 17].tolist(),
     }
 
 
@@ -130,14 +127,26 @@ def _pairs(blocks: IntArray) -> float:
     return same / (rows * size * (size - 1) / 2)
 
 
-def _distances(length: int) -> list[int]:
-    return sorted({int(d) for d in np.geomspace(1, min(8192, length // 2), 60)})
-
-
 def _apart(streams: IntArray, distance: int) -> float:
     """The share of samples so far apart on their rank that lie in the same block."""
     blocks = streams // BLOCK
     return float((blocks[:, distance:] == blocks[:, :-distance]).mean())
+
+
+def _within(blocks: IntArray) -> dict[int, float]:
+    """How many of the next d samples on the same rank lie in a sample's block, on average, for several d; int64 [ranks, n]."""
+    ranks, length = blocks.shape
+    # by rank, block and place: those that lie in one block on one rank stand side by side
+    keys = (blocks + np.arange(ranks)[:, None] * (int(blocks.max()) + 1)).reshape(-1)
+    order = np.argsort(keys, kind="stable")
+    keys, places = keys[order], order % length
+    counts = np.zeros(length + 1, np.int64)
+    for apart in range(1, BLOCK):
+        same = keys[apart:] == keys[:-apart]
+        counts += np.bincount((places[apart:] - places[:-apart])[same], minlength=length + 1)
+    total = np.cumsum(counts) / blocks.size
+    distances = sorted({int(d) for d in np.geomspace(1, min(1 << 16, length - 1), 80)})
+    return {d: float(f"{total[d]:.4g}") for d in distances}
 
 
 def _from_uniform(distances: npt.NDArray[np.float64]) -> float:

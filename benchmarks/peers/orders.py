@@ -34,7 +34,7 @@ def webdataset(*, samples: int, shard: int, world: int, workers: int, batch: int
                 wds.SimpleShardList(names),
                 wds.split_by_node,
                 wds.split_by_worker,
-                wds.shuffle(len(names), seed=1),
+                wds.shuffle(len(names), seed=rank),  # WebDataset draws one in each rank's main process
                 expand,
                 wds.shuffle(buffer, seed=1000 * rank + worker),
             )
