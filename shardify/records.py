@@ -11,7 +11,6 @@ is a record of that image.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeAlias
 
@@ -37,16 +36,14 @@ _VIDEO_FIELDS = ("video", "videos", "video_path", "input_video")
 _AUDIO_FIELDS = ("audio", "audios", "audio_path", "input_audio")
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(msgspec.Struct, frozen=True):
     """One message: `role` as written in ``from``, `text` as written in ``value``."""
 
-    role: str
-    text: str
+    role: str = msgspec.field(name="from")
+    text: str = msgspec.field(name="value")
 
 
-@dataclass(frozen=True, slots=True)
-class ImageRef:
+class ImageRef(msgspec.Struct, frozen=True):
     """An image as the record names it: a path relative to some image root."""
 
     path: str
@@ -64,8 +61,7 @@ class ImageRef:
         return parts
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True):
     """A parsed record.
 
     Attributes:
@@ -89,13 +85,8 @@ Measured: TypeAlias = tuple[str | None, int, int, bool]
 """What a shard's index tells of a record: `id`, number of turns, `words` and `strict` of its `Sample`."""
 
 
-class _Turn(msgspec.Struct):
-    role: str = msgspec.field(name="from")
-    value: str
-
-
 class _Record(msgspec.Struct):
-    conversations: list[_Turn]
+    conversations: tuple[Turn, ...]
     id: msgspec.Raw = msgspec.Raw(b"")
     image: str | list[str] | None = None
     video: Any = None
@@ -134,17 +125,17 @@ def parse_record(data: bytes | memoryview, *, outline: bool = False) -> Sample:
     image = record.image
     paths = image if isinstance(image, list) else [image or ""]
     images = _references(paths)
-    if not images:
+    if not images and _media(record) != _NO_MEDIA:
         _refuse_media(msgspec.structs.asdict(record))
     if not record.conversations:
         raise RecordError("no-conversations", "'conversations' is empty")
-    turns = [] if outline else record.conversations
+    turns = () if outline else record.conversations
     return Sample(
-        id=bytes(record.id).decode() if bytes(record.id) else None,
+        id=str(record.id, "utf-8") or None,
         images=images,
         image_is_list=isinstance(image, list),
-        turns=tuple([Turn(turn.role, turn.value) for turn in turns]),
-        words=sum([len(turn.value.split()) for turn in turns]),
+        turns=turns,
+        words=sum([len(turn.text.split()) for turn in turns]),
         strict=True,
     )
 
@@ -157,7 +148,8 @@ def measure_record(data: bytes | memoryview) -> Measured:
     """
     if len(data) <= MAX_RECORD_BYTES:
         try:
-            record = _decoder.decode(str(data, "utf-8"))
+            str(data, "utf-8")
+            record = _decoder.decode(data)
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
             data = bytes(data)
             if b"conversations" not in data and b"\\u" not in data:  # the name may be written in escapes
@@ -168,7 +160,7 @@ def measure_record(data: bytes | memoryview) -> Measured:
             if turns and (pictured or (not image and _media(record) == _NO_MEDIA)):
                 words = 0
                 for turn in turns:
-                    words += len(turn.value.split())
+                    words += len(turn.text.split())
                 return str(record.id, "utf-8") or None, len(turns), words, True
     sample = parse_record(data)
     return sample.id, len(sample.turns), sample.words, sample.strict
