@@ -6,6 +6,7 @@
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def plot_shuffle(found: dict[str, Any]) -> None:
 
 
 def loading_table(loading: dict[str, Any]) -> str:
-    """Median rates and, in brackets, CPU milliseconds a sample."""
+    """Median rates with their ratios to the kernel's, and the ratios that count."""
     classes = [name for name in CLASSES if name in loading]
     rows = ["| samples/s (over the kernel) | " + " | ".join(CLASSES[name] for name in classes) + " |"]
     rows.append("|---|" + "---|" * len(classes))
@@ -100,8 +101,7 @@ def loading_table(loading: dict[str, Any]) -> str:
         cells = []
         for name in classes:
             rates = [each[contender] / each["kernel alone"] for each in loading[name]["rounds"]]
-            median = sorted(rates)[len(rates) // 2]
-            cells.append(f"{loading[name]['median'][contender]:,.0f} ({median:.2f})")
+            cells.append(f"{loading[name]['median'][contender]:,.0f} ({statistics.median(rates):.2f})")
         rows.append(f"| {contender} | " + " | ".join(cells) + " |")
     rows += ["", "| StreamingLoader over | " + " | ".join(CLASSES[name] for name in classes) + " |"]
     rows.append("|---|" + "---|" * len(classes))
@@ -114,6 +114,7 @@ def loading_table(loading: dict[str, Any]) -> str:
         rows.append(f"| {key} | " + " | ".join(cells) + " |")
     kernel = " and ".join(f"{loading[name]['kernel_milliseconds']:.2f} ms" for name in classes)
     rows += ["", f"The kernel takes {kernel} a sample and core."]
+    rows += ["", "![Samples a second of each loader](loading.svg)"]
     return "\n".join(rows)
 
 
