@@ -32,6 +32,8 @@ MAX_MEMBER_BYTES = 8 * 1024**3 - 1
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 
 _MAX_NAME = 100
+_PASSED_ON = 64 * 1024  # bytes
+_SMALL = 4096  # bytes: copying them together costs less than passing on each
 _PADDING = bytes(BLOCK)
 _MODE_TO_GID = b"0000644\0" + b"0000000\0" + b"0000000\0"
 _MTIME = b"00000000000\0"
@@ -116,7 +118,7 @@ class ShardWriter:
         self._sink = sink
         self._buffered = getattr(sink, "buffers", False)
         # what a sink gathers itself is passed on while it is in the processor's cache
-        self._gather = 0 if self._buffered else gather
+        self._gather = _PASSED_ON if self._buffered else gather
         self._ready: list[bytes | memoryview] = []
         self._ready_bytes = 0
         self._hash = xxhash.xxh3_128()
@@ -200,10 +202,15 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._buffered:
+            small: list[bytes | memoryview] = []
             for part in self._ready:
-                self._hash.update(part)
-                self._sink.write(part)  # type: ignore[arg-type]
-                self.bytes += len(part)
+                if len(part) < _SMALL:
+                    small.append(part)
+                    continue
+                self._pass_on(b"".join(small))
+                self._pass_on(part)
+                small.clear()
+            self._pass_on(b"".join(small))
             self._ready.clear()
             self._ready_bytes = 0
             return
@@ -216,6 +223,11 @@ class ShardWriter:
         while view:
             written = self._sink.write(view)  # type: ignore[arg-type]
             view = view[written:]
+
+    def _pass_on(self, part: bytes | memoryview) -> None:
+        self._hash.update(part)
+        self._sink.write(part)  # type: ignore[arg-type]
+        self.bytes += len(part)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
