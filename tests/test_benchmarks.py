@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("webdataset", "energon", "mosaicml", "litdata", "huggingface", "spdl")
+MODULES = ("webdataset", "energon", "mosaicml", "litdata", "huggingface", "spdl", "spdl_in_process")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ PEERS = {
     "litdata": "litdata",
     "huggingface": "datasets",
     "spdl": "spdl.io",
+    "spdl_in_process": "spdl.io",
 }
 NAMES = {
     "shardify": "StreamingLoader",
@@ -29,6 +30,7 @@ NAMES = {
     "litdata": "litData",
     "huggingface": "HF datasets",
     "spdl": "SPDL",
+    "spdl_in_process": "SPDL in process",
 }
 _PATIENCE = 20  # seconds
 
