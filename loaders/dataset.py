@@ -134,17 +134,27 @@ class Dataset:
         parts: the data sets, at least one; of several, each has a name.
         mixture: how they are mixed; None for a data set alone.
         block: neighbouring samples that a remote read fetches at once: that of the block shuffle, 1 for a full shuffle.
+        exclusions: fingerprint of the exclusion list by which samples are excluded; None without one.
 
     Attributes:
         parts: the data sets.
+        exclusions: as given.
         paths: of all shards, part by part; paths or URLs.
         starts: int64 [parts + 1]; part i has the samples from starts[i] to starts[i + 1].
         prefixes: of the keys of each part's samples: ``part/`` in a mixture.
     """
 
-    def __init__(self, parts: Sequence[Part], *, mixture: Mixture | None = None, block: int = 32) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        mixture: Mixture | None = None,
+        block: int = 32,
+        exclusions: str | None = None,
+    ) -> None:
         self.parts = tuple(parts)
         self.mixture = mixture
+        self.exclusions = exclusions
         self.paths = tuple(shard.path for part in self.parts for shard in part.shards.shards)
         self.starts = np.zeros(len(self.parts) + 1, np.int64)
         np.cumsum([part.samples for part in self.parts], out=self.starts[1:])
@@ -386,7 +396,8 @@ def open_dataset(
         parts.append(part)
     if exclusions is not None and (idle := describe_idle(exclusions, lines)) is not None:
         warnings.warn(idle, stacklevel=2)
-    return Dataset(parts, mixture=mixture, block=block)
+    found_by = None if exclusions is None else exclusions.fingerprint
+    return Dataset(parts, mixture=mixture, block=block, exclusions=found_by)
 
 
 def _shares(sizes: Sequence[int], most: int) -> list[int]:

@@ -42,6 +42,7 @@ from loaders.state import (
     current_run,
     make_state,
     merged,
+    skipped_from,
     taken_up,
     with_cursor,
 )
@@ -197,6 +198,8 @@ class StreamingLoader:
             exclude=exclude,
             block=1 if shuffle == "full" else self._block,
         )
+        # by its content: the file may be another one tomorrow
+        self._data["exclusions"] = self._dataset.exclusions
         self._drop_last = bool(drop_last)
         self._global_batch_size = _global_batch_size(
             batch_size,
@@ -223,7 +226,8 @@ class StreamingLoader:
             raise UsageError("pack_tokens and max_tokens count tokens, which text= makes")
         else:
             self._lengths = token_lengths(self._dataset, text, image_tokens=image_tokens)
-        self._length_settings = _length_settings(group_by, text if exact else None, image_tokens)
+        by_length = max_tiles is not None or group_by in ("length", "modality_length")
+        self._length_settings = _length_settings(by_length, text if exact else None, image_tokens)
         if len(self._dataset) < self.world_size:
             warnings.warn(
                 f"{len(self._dataset)} samples for {self.world_size} ranks: some ranks see fillers alone",
@@ -274,11 +278,15 @@ class StreamingLoader:
         taken = planner.take_up(state)
         cursor = Cursor(0) if taken.anew else Cursor.from_state(state)
         run = self._shape()
-        if taken.anew or current_run(state) != run or state["fingerprint"] != self._dataset.fingerprint:
+        other_data = (
+            state["fingerprint"] != self._dataset.fingerprint
+            or state["data"].get("exclusions") != self._dataset.exclusions
+        )
+        state["data"] = self._data
+        if taken.anew or current_run(state) != run or other_data:
             state |= {"parts": taken.parts, "fingerprint": self._dataset.fingerprint}
             state = taken_up(with_cursor(state, self._batching.take_up(cursor)), run)
-        state["data"] = self._data
-        state["skipped"] = merged(state["skipped"], self._skip)
+        state["skipped"] = skipped_from(state, self._skip)
         state = planner.without_skipped(state)
         self.close()
         self._planner, self._state = planner, state
@@ -472,7 +480,7 @@ class StreamingLoader:
 
     def _ahead(self) -> int:
         """Batches whose blocks are asked for before they are built: as many as mix the same blocks."""
-        samples = self._window * self._block * self._state["lanes"]
+        samples = self._window * self._block * int(self._state["lanes"])
         return min(_MOST_AHEAD, max(_LEAST_AHEAD, samples // (self._global_batch_size or self.world_size)))
 
 
@@ -534,9 +542,9 @@ def stretches(skip: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(begin, end) for begin, end in merged([], found)]
 
 
-def _length_settings(group_by: str | None, text: Any, image_tokens: int) -> dict[str, Any]:
+def _length_settings(by_length: bool, text: Any, image_tokens: int) -> dict[str, Any]:
     """What decides about lengths, as far as a plan depends on them."""
-    planned = text is not None or group_by in ("length", "modality_length")
+    planned = text is not None or by_length
     return {
         "lengths": getattr(text, "fingerprint", "words") if planned else None,
         "image_tokens": image_tokens if planned else None,

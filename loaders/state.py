@@ -99,11 +99,20 @@ def taken_up(state: State, run: Mapping[str, Any]) -> State:
         **{name: state[name] for name in _CURSOR},
         "parts": state["parts"],
         "fingerprint": state["fingerprint"],
+        "data": state["data"],
         **run,
     }
     # what took no step leaves no trace
     history = [past for past in state["history"] if past["step"] < state["step"]]
     return {**state, "history": [*history, entry]}
+
+
+def skipped_from(state: Mapping[str, Any], skip: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What a run has skipped so far, and will skip from a state on: what others were to skip later is not."""
+    step = state["step"]
+    before = [(begin, min(end, step)) for begin, end in state["skipped"] if begin < step]
+    later = [(max(begin, step), end) for begin, end in skip if end > step]
+    return merged(before, later)
 
 
 def merged(skipped: Sequence[Sequence[int]], more: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -115,6 +124,11 @@ def merged(skipped: Sequence[Sequence[int]], more: Sequence[Sequence[int]]) -> l
         else:
             result.append([begin, end])
     return result
+
+
+def is_state(value: Any) -> bool:
+    """Whether it looks like a loader's state: whether it has all fields of one."""
+    return isinstance(value, Mapping) and all(name in value for name in _FIELDS)
 
 
 def current_run(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,12 +147,7 @@ def check_state(state: Any, current: State) -> None:
     Raises:
         StateError: with everything that differs.
     """
-    if not isinstance(state, Mapping):
-        raise StateError(f"a loader state is a dict, this is {type(state).__name__}")
-    if missing := [name for name in _FIELDS if name not in state]:
-        raise StateError(f"not a loader state: {', '.join(missing)} missing")
-    if wrong := [name for name, kind in _FIELDS.items() if not _is(state[name], kind)]:
-        raise StateError(f"not a loader state: {', '.join(f'{n}={state[n]!r}' for n in wrong)}")
+    check_form(state)
     differences = [
         f"{name} is {state[name]} in the state, {current[name]} here"
         for name in ("version", "order_version", "seed")
@@ -151,14 +160,33 @@ def check_state(state: Any, current: State) -> None:
     ]
     if differences:
         raise StateError(f"this state does not continue here: {'; '.join(differences)}")
-    _check_values(state)
+    check_values(state)
+
+
+def check_form(state: Any) -> None:
+    """Refuse what lacks a field of a state, or has another kind of value in it.
+
+    Raises:
+        StateError: with the fields.
+    """
+    if not isinstance(state, Mapping):
+        raise StateError(f"a loader state is a dict, this is {type(state).__name__}")
+    if missing := [name for name in _FIELDS if name not in state]:
+        raise StateError(f"not a loader state: {', '.join(missing)} missing")
+    if wrong := [name for name, kind in _FIELDS.items() if not _is(state[name], kind)]:
+        raise StateError(f"not a loader state: {', '.join(f'{n}={state[n]!r}' for n in wrong)}")
 
 
 def _is(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
-def _check_values(state: Mapping[str, Any]) -> None:
+def check_values(state: Mapping[str, Any]) -> None:
+    """Refuse numbers that no run has; after `check_form`.
+
+    Raises:
+        StateError: with them.
+    """
     counts = all(0 <= state[name] < 2**62 for name in _COUNTS)
     if not counts or state["start"] > state["position"] or not 1 <= state["lanes"] <= MAX_LANES:
         shown = ", ".join(f"{name} {state[name]}" for name in (*_COUNTS, "lanes"))
@@ -188,6 +216,6 @@ def _is_entry(entry: Mapping[str, Any]) -> bool:
         and (size is None or (_is(size, int) and 0 < size < 2**62))
         and isinstance(entry.get("drop_last"), bool)
         and all(isinstance(entry.get(name), list) for name in ("legs", "parts"))
-        and isinstance(entry.get("fingerprint"), Mapping)
+        and all(isinstance(entry.get(name), Mapping) for name in ("fingerprint", "data"))
         and all(_is_counts(leg, 2, 3) for leg in entry["legs"])
     )

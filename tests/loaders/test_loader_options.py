@@ -352,3 +352,38 @@ def test_a_run_goes_on_over_added_shards(tmp_path, made):
     epoch = keys(before) + keys(grown)
     assert sorted(epoch) == [f"{number:09}" for number in range(30)]
     assert sorted(keys(grown)) == [f"{number:09}" for number in range(50)]
+
+
+def test_the_state_says_from_which_step_on_a_list_excluded(tmp_path, plain_data):
+    (tmp_path / "list.txt").write_text("5\n")
+    first = make(plain_data)
+    batch = next(iter(first))
+    for content, entries in (("5\n", 2), ("# the same, said otherwise\n5\n6\n", 2), ("5\n6\n", 2)):
+        (tmp_path / "list.txt").write_text(content)
+        again = make(plain_data, exclude=tmp_path / "list.txt")
+        again.load_state_dict(batch.state)
+        history = again.state_dict()["history"]
+        assert [entry["step"] for entry in history] == [0, 1][:entries]
+        assert history[0]["data"]["exclusions"] is None
+        assert history[1]["data"]["exclusions"] == again._dataset.exclusions != first._dataset.exclusions
+    # the same list goes on without another entry
+    state = next(iter(again)).state
+    last = make(plain_data, exclude=tmp_path / "list.txt")
+    last.load_state_dict(state)
+    assert last.state_dict() == state
+
+
+def test_a_stretch_that_another_run_was_to_skip_is_not_said_to_be_skipped(plain_data):
+    batches = iter(make(plain_data, skip=[(4, 9)]))
+    state = [next(batches) for _ in range(3)][-1].state
+    assert (state["step"], state["skipped"]) == (3, [[4, 9]])
+    again = make(plain_data, skip=[(1, 2)])
+    again.load_state_dict(state)
+    assert len(list(again)) == 10
+    assert again.state_dict()["skipped"] == []
+
+
+def test_what_images_count_may_not_change_where_it_decides_about_batches(mixed_data):
+    state = next(iter(make(mixed_data, batch_size=4, max_tiles=6, image_tokens=5))).state
+    with pytest.raises(StateError, match="image_tokens is 5 in the state, 50 here"):
+        make(mixed_data, batch_size=4, max_tiles=6, image_tokens=50).load_state_dict(state)

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from loaders.batching import Cursor
 from loaders.order import ORDER_VERSION
-from loaders.state import STATE_VERSION, check_state, current_run, make_state, merged, taken_up, with_cursor
+from loaders.state import (
+    STATE_VERSION,
+    check_state,
+    current_run,
+    is_state,
+    make_state,
+    merged,
+    skipped_from,
+    taken_up,
+    with_cursor,
+)
 from shardify.errors import StateError
 
 RUN = {"global_batch_size": 64, "world_size": 2, "drop_last": False}
@@ -62,6 +72,22 @@ def test_stretches_are_merged(pairs, cut):
     result = merged(stretches[:cut], stretches[cut:])
     assert {step for begin, end in result for step in range(begin, end)} == steps
     assert all(one[1] < other[0] for one, other in pairwise(result))
+
+
+def test_only_what_was_skipped_is_said_to_be():
+    # one run was to skip 60 to 90 and was ended at 70; the next one begins there and is to skip other steps, some long gone
+    assert skipped_from(state(skipped=[[3, 9], [60, 90]]), [(20, 30), (50, 75), (80, 82)]) == [
+        [3, 9],
+        [60, 75],
+        [80, 82],
+    ]
+    assert skipped_from(state(skipped=[[70, 90]]), []) == []
+
+
+def test_a_state_is_recognised_among_other_things():
+    assert is_state(state())
+    assert not is_state({"step": 5})
+    assert not is_state([state()])
 
 
 @pytest.mark.parametrize(
