@@ -1,6 +1,6 @@
 """Building a batch in a worker: a plan in, plain arrays out, pixels and encoded images straight into a slab."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,11 +11,13 @@ import numpy.typing as npt
 from loaders.batch import SampleFault
 from loaders.batching import FILLER
 from loaders.dataset import Rows
+from loaders.fetch import LocalFetcher
 from loaders.image import Picture
 from loaders.slabs import SlabPool
 from loaders.stats import BatchStats, StageClock
 from loaders.text import IGNORE_INDEX, TextResult
 from shardify.errors import FormatError, LoaderError, SampleError
+from shardify.format.bulk import locate_members
 from shardify.format.names import RECORD_FIELD, is_image_field
 from shardify.format.samples import frame_sample, is_compressed, split_frame
 from shardify.format.tar import read_members
@@ -134,11 +136,11 @@ class Built:
     keys: list[str]
     positions: IntArray
     rows: IntArray
-    pixels: Pixels | None = None  # all images, one after another; None when they are in the slab
+    memory: Pixels | None = None  # that the images lie in; None when it is the slab
     image_samples: list[int] = field(default_factory=list)  # of each image: its sample,
     image_tiles: list[int] = field(default_factory=list)  # pictures that it became,
     image_sizes: list[tuple[int, int]] = field(default_factory=list)  # height and width as decoded,
-    image_ends: list[int] = field(default_factory=list)  # where its bytes end
+    image_spans: list[tuple[int, int]] = field(default_factory=list)  # where its bytes begin and end
     records: list[bytes] | None = None
     input_ids: npt.NDArray[np.int32] | None = None  # [B, L]
     labels: npt.NDArray[np.int32] | None = None
@@ -161,6 +163,7 @@ class _Work:
     record: bytes = b""
     text: TextResult | None = None
     images: list[Any] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)  # where the images lie in the memory read into
 
 
 class BatchBuilder:
@@ -198,6 +201,9 @@ class BatchBuilder:
         self._seed = seed
         self._slabs = slabs
         self._fetcher: Fetcher | None = None
+        self._compressed = np.array([is_compressed(path) for path in paths], np.bool_)
+        self._scratch = np.empty(0, np.uint8)
+        self._bytes_alone = image is None and text is None and transform is None
 
     def __getitem__(self, plan: BatchPlan) -> Built | LoaderError:
         try:
@@ -211,6 +217,13 @@ class BatchBuilder:
         clock = StageClock()
         size = len(plan.positions)
         built = Built(keys=[""] * size, positions=np.full(size, FILLER, np.int64), rows=plan.rows)
+        if self._bytes_alone and self._pass_on(built, plan):
+            built.stats = clock.stop(
+                samples=len(plan.index.size),
+                images=len(built.image_samples),
+                bytes_used=int(plan.index.size.sum()),
+            )
+            return built
         works = self._fetch(built, plan, clock)
         self._add_images(built, plan, works)
         clock.lap("decode")
@@ -231,6 +244,47 @@ class BatchBuilder:
         )
         return built
 
+    def _pass_on(self, built: Built, plan: BatchPlan) -> bool:
+        """Read a batch of which nothing is decoded; False, with nothing done, when there is anything out of the ordinary in it."""
+        index, fetcher = plan.index, self._fetcher
+        if (
+            not isinstance(fetcher, LocalFetcher)
+            or index.excluded.any()
+            or self._compressed[index.shard].any()
+        ):
+            return False
+        memory = self._memory(plan, int(index.size.sum()), in_place=True)
+        begins, errors = fetcher.read_into(memory, index.shard, index.offset, index.size)
+        located = [] if errors else locate_members(memory, begins, index.size)
+        if errors or None in located:
+            return False
+        places = np.flatnonzero(plan.positions != FILLER).tolist()
+        view = memoryview(memory.data)
+        records = [b""] * len(built.keys)
+        samples: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for place, part, images, found in zip(
+            places, index.part.tolist(), index.images.tolist(), located, strict=True
+        ):
+            assert found is not None
+            before = len(spans)
+            for name, begin, end in found.members:
+                if name == RECORD_FIELD:
+                    records[place] = bytes(view[begin:end])
+                elif is_image_field(name):
+                    spans.append((begin, end))
+                    samples.append(place)
+            if len(spans) - before != images:
+                return False
+            built.keys[place] = self._prefixes[part] + found.key
+        built.positions[:] = plan.positions
+        built.image_samples, built.image_spans, built.records = samples, spans, records
+        built.memory = None if self._lies_in_slab(memory, plan) else memory
+        return True
+
+    def _lies_in_slab(self, memory: Pixels, plan: BatchPlan) -> bool:
+        return plan.slab is not None and len(memory) <= self._slabs.size
+
     def _fetch(self, built: Built, plan: BatchPlan, clock: StageClock) -> list[_Work | None]:
         """All samples read, taken apart and tokenised, by their place in the batch; None for fillers."""
         assert self._fetcher is not None
@@ -240,28 +294,83 @@ class BatchBuilder:
             kept = np.flatnonzero(~index.excluded)
             built.excluded = len(index.excluded) - len(kept)
             index, places = index[kept], places[kept]
+        for work, error in self._read(built, plan, index, places):
+            clock.lap("fetch")
+            try:
+                if error is not None:
+                    raise error
+                self._understand(work, plan)
+                works[work.place] = work
+            except SampleError as fault:
+                built.faults.append(self._fault(plan, work, fault))
+            clock.lap("text")
+        clock.lap("fetch")
+        return works
+
+    def _read(
+        self, built: Built, plan: BatchPlan, index: Rows, places: IntArray
+    ) -> Iterator[tuple[_Work, SampleError | None]]:
+        """Each sample taken apart, or why it cannot be."""
+        fetcher = self._fetcher
+        assert fetcher is not None
+        if isinstance(fetcher, LocalFetcher) and not self._compressed[index.shard].any():
+            yield from self._read_together(fetcher, built, plan, index, places)
+            return
         frames: dict[tuple[int, int], list[memoryview]] = {}  # of this batch, as samples
-        spans = self._fetcher.read(
+        spans = fetcher.read(
             index.shard, index.offset, index.size, index.extent_begin, index.extent_end, batch=plan.number
         )
         for number, span in spans:
-            clock.lap("fetch")
-            work = _Work(
-                place=int(places[number]), shard=int(index.shard[number]), offset=int(index.offset[number])
-            )
+            work = _work_of(index, number, places)
             try:
                 if isinstance(span, SampleError):
                     raise span
                 own = self._sample_of(frames, work, span, int(index.ordinal[number]))
-                self._take_apart(work, own, int(index.part[number]), int(index.images[number]))
-                clock.lap("fetch")
-                self._understand(work, plan)
-                works[work.place] = work
+                self._take_apart(work, own, index, number)
             except SampleError as error:
-                built.faults.append(self._fault(plan, work, error))
-            clock.lap("text")
-        clock.lap("fetch")
-        return works
+                yield work, error
+            else:
+                yield work, None
+
+    def _read_together(
+        self, fetcher: LocalFetcher, built: Built, plan: BatchPlan, index: Rows, places: IntArray
+    ) -> Iterator[tuple[_Work, SampleError | None]]:
+        """The same for plain local shards: read one behind the other, into the slab if it is bytes that are asked for."""
+        in_place = self._image is None and self._transform is None
+        memory = self._memory(plan, int(index.size.sum()), in_place=in_place)
+        begins, errors = fetcher.read_into(memory, index.shard, index.offset, index.size)
+        located = locate_members(memory, begins, index.size)
+        if in_place and all(found is not None or number in errors for number, found in enumerate(located)):
+            built.memory = memory
+        view = memoryview(memory.data)
+        for number, found in enumerate(located):
+            work = _work_of(index, number, places)
+            try:
+                if number in errors:
+                    raise errors[number]
+                if found is None:
+                    begin = int(begins[number])
+                    self._take_apart(work, view[begin : begin + int(index.size[number])], index, number)
+                else:
+                    members = [(field, view[begin:end]) for field, begin, end in found.members]
+                    self._sort(work, found.key, members, index, number)
+                    work.spans = [
+                        (begin, end) for field, begin, end in found.members if is_image_field(field)
+                    ]
+            except SampleError as error:
+                yield work, error
+            else:
+                yield work, None
+
+    def _memory(self, plan: BatchPlan, size: int, *, in_place: bool) -> Pixels:
+        """Memory to read `size` bytes into, uint8 [size]."""
+        if in_place and plan.slab is not None and size <= self._slabs.size:
+            return self._slabs.memory(plan.slab)[:size]
+        if in_place or self._transform is not None:  # others may keep what lies there
+            return np.empty(size, np.uint8)
+        if size > len(self._scratch):
+            self._scratch = np.empty(max(size, 2 * len(self._scratch)), np.uint8)
+        return self._scratch[:size]
 
     def _sample_of(
         self,
@@ -282,17 +391,29 @@ class BatchBuilder:
         except FormatError as error:
             raise SampleError("index-mismatch", str(error)) from None
 
-    def _take_apart(self, work: _Work, span: memoryview, part: int, images: int) -> None:
-        """Find the members of a sample."""
+    def _take_apart(self, work: _Work, span: memoryview, index: Rows, number: int) -> None:
+        """Find the members of a sample of any kind."""
         try:
             key, members = read_members(span, where="the sample")
         except FormatError as error:
             raise SampleError("index-mismatch", str(error)) from None
-        work.key = self._prefixes[part] + key
-        record = next((data for name, data in members if name == RECORD_FIELD), None)
-        work.images = [data for name, data in members if is_image_field(name)]
-        if len(work.images) != images:
-            raise SampleError("index-mismatch", f"{len(work.images)} images; the index counts {images}")
+        self._sort(work, key, members, index, number)
+
+    def _sort(
+        self, work: _Work, key: str, members: Sequence[tuple[str, memoryview]], index: Rows, number: int
+    ) -> None:
+        """Tell the record of a sample from its images."""
+        work.key = self._prefixes[int(index.part[number])] + key
+        record = None
+        for field_name, data in members:
+            if field_name == RECORD_FIELD:
+                record = data
+            elif is_image_field(field_name):
+                work.images.append(data)
+        if len(work.images) != index.images[number]:
+            raise SampleError(
+                "index-mismatch", f"{len(work.images)} images; the index counts {index.images[number]}"
+            )
         if record is not None:
             work.record = bytes(record)
         elif self._text is not None or self._transform is not None:
@@ -315,7 +436,17 @@ class BatchBuilder:
 
     def _add_images(self, built: Built, plan: BatchPlan, works: list[_Work | None]) -> None:
         """Fit all images, one sample after another; a sample whose image fails is taken out of `works`."""
-        room = _Room(None if plan.slab is None else self._slabs.memory(plan.slab))
+        if built.memory is not None:  # they are where they belong
+            for place, work in enumerate(works):
+                if work is not None:
+                    built.image_samples += [place] * len(work.spans)
+                    built.image_spans += work.spans
+            if self._lies_in_slab(built.memory, plan):
+                built.memory = None
+            return
+        # encoded images may lie in the slab, out of place
+        slab = None if plan.slab is None or self._image is None else self._slabs.memory(plan.slab)
+        room = _Room(slab)
         for place, work in enumerate(works):
             if work is None:
                 continue
@@ -330,19 +461,20 @@ class BatchBuilder:
             built.image_samples += [place] * len(fitted)
             built.image_tiles += [tiles for tiles, _, _ in fitted]
             built.image_sizes += [size for _, size, _ in fitted]
-            built.image_ends += [end for _, _, end in fitted]
+            built.image_spans += [span for _, _, span in fitted]
         if not room.in_slab:
-            built.pixels = room.memory[: room.used]
+            built.memory = room.memory[: room.used]
 
-    def _put(self, room: "_Room", data: Picture) -> tuple[int, tuple[int, int], int]:
-        """One image into its place: its tiles, its height and width, and where it ends."""
+    def _put(self, room: "_Room", data: Picture) -> tuple[int, tuple[int, int], tuple[int, int]]:
+        """One image into its place: its tiles, its height and width, and from where to where it lies."""
+        begin = room.used
         if self._image is None:
             data = _encoded(data)
             room.take(len(data))[:] = np.frombuffer(data, np.uint8)
-            return 1, (0, 0), room.used
+            return 1, (0, 0), (begin, room.used)
         fitting = self._image.prepare(data)
         fitting.write(room.take(fitting.nbytes))
-        return fitting.tiles, fitting.size, room.used
+        return fitting.tiles, fitting.size, (begin, room.used)
 
     def _fault(self, plan: BatchPlan, work: _Work, error: SampleError) -> SampleFault:
         return SampleFault(
@@ -353,6 +485,10 @@ class BatchBuilder:
             code=error.code,
             detail=error.detail,
         )
+
+
+def _work_of(index: Rows, number: int, places: IntArray) -> _Work:
+    return _Work(int(places[number]), int(index.shard[number]), int(index.offset[number]))
 
 
 class _Room:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -50,14 +49,14 @@ def _images(
     built: Built, image: ImageFit | None, slab: int | None, slabs: SlabPool
 ) -> tuple[torch.Tensor | list[memoryview], Callable[[torch.cuda.Event], None] | None]:
     """The images, and whom to tell when they were copied."""
-    if slab is not None and built.pixels is not None:
+    if slab is not None and built.memory is not None:
         slabs.release(slab)  # they did not fit
         slab = None
     if image is None:
         if slab is not None:
-            return slabs.lend_views(slab, built.image_ends), None
+            return slabs.lend_views(slab, built.image_spans), None
         memory = memoryview(_ordinary(built).data).toreadonly()
-        return [memory[begin:end] for begin, end in pairwise([0, *built.image_ends])], None
+        return [memory[begin:end] for begin, end in built.image_spans], None
     pixels = _ordinary(built) if slab is None else slabs.lend(slab)
     channels, height, width = image.shape
     shape = sum(built.image_tiles), height, width, channels
@@ -66,7 +65,7 @@ def _images(
 
 
 def _ordinary(built: Built) -> npt.NDArray[np.uint8]:
-    return np.empty(0, np.uint8) if built.pixels is None else built.pixels
+    return np.empty(0, np.uint8) if built.memory is None else built.memory
 
 
 def _texts(built: Built, *, packed: bool) -> dict[str, torch.Tensor | None]:

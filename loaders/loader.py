@@ -40,6 +40,7 @@ from loaders.state import (
     State,
     check_state,
     current_run,
+    fresh,
     make_state,
     merged,
     skipped_from,
@@ -261,7 +262,7 @@ class StreamingLoader:
 
     def state_dict(self) -> State:
         """The state after the last batch handed out, as that batch's `state`: a JSON-able dict, equal on all ranks."""
-        return copy.deepcopy(self._state)
+        return fresh(self._state)
 
     def load_state_dict(self, state: State) -> None:
         """Continue from a state, also one of another world size, batch size or number of workers.
@@ -364,7 +365,7 @@ class StreamingLoader:
             run.remote.done(pending.number)
             batch = collate(
                 built,
-                state=copy.deepcopy(pending.state),
+                state=fresh(pending.state),
                 image=self._image,
                 packed=self._packed,
                 slab=pending.slab,
@@ -401,7 +402,7 @@ class StreamingLoader:
 
     def _account(self, built: Built, batch: Batch, pending: _Pending, *, waited: float, ready: int) -> None:
         """Count a batch, and end the run when too many samples are bad."""
-        overflowed = pending.has_images and built.pixels is not None
+        overflowed = pending.has_images and built.memory is not None
         self._report.add(
             samples=int(batch.valid.sum()),
             faults=built.faults,
@@ -471,10 +472,9 @@ class StreamingLoader:
         if not samples or not count:
             return 0
         index = self._dataset.rows(np.linspace(0, count - 1, min(count, _SURVEYED)).astype(np.int64))
-        most = int(index.images.max())
         if self._image is None:
-            size = int(_SLAB_MARGIN * samples * index.size.mean()) + int(index.size.max())
-            return size if most else 0
+            return int(_SLAB_MARGIN * samples * index.size.mean() + index.size.max())
+        most = int(index.images.max())
         images = samples if most <= 1 else int(_SLAB_MARGIN * samples * index.images.mean()) + most
         return int(min(images, samples * most) * math.prod(self._image.shape))
 

@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import chain, pairwise
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,9 @@ class SlabPool:
             del self._copies[slab]
             self._free.append(slab)
         try:
-            return self._free.popleft()
+            return (
+                self._free.pop()
+            )  # the one last used: it may still be in the cache, and others need never be touched
         except IndexError:
             return None
 
@@ -74,18 +76,18 @@ class SlabPool:
         weakref.finalize(memory, self.release, slab).atexit = False
         return memory
 
-    def lend_views(self, slab: int, ends: Sequence[int]) -> list[memoryview]:
-        """Byte strings that lie one behind the other in a slab, which is freed when all of them are gone.
+    def lend_views(self, slab: int, spans: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Byte strings that lie in a slab, which is freed when all of them are gone.
 
         Args:
             slab: its number.
-            ends: where each of them ends, ascending; the first begins at 0.
+            spans: where each of them begins and ends.
 
         Returns:
             Read-only views, in order; of none, the slab is free at once.
         """
-        memory = self.lend(slab).data.toreadonly()
-        return [memory[begin:end] for begin, end in pairwise(chain([0], ends))]
+        memory = memoryview(self.lend(slab).data).toreadonly()
+        return [memory[begin:end] for begin, end in spans]
 
     def release(self, slab: int) -> None:
         """Free a slab, once the copies out of it are complete: those recorded, and those on the device's current stream."""

@@ -86,6 +86,17 @@ def make_state(
     return taken_up(state, run)
 
 
+def fresh(state: State) -> State:
+    """A state of one's own: a deep copy, several times faster than Python's."""
+    return {name: _fresh(value) for name, value in state.items()}
+
+
+def _fresh(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _fresh(item) for name, item in value.items()}
+    return [_fresh(item) for item in value] if isinstance(value, list) else value
+
+
 def with_cursor(state: State, cursor: Cursor) -> State:
     """A state of the same epoch with another cursor."""
     return {**state, **cursor.to_state()}

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from shardify.errors import LoaderError, SampleError
 IntArray = npt.NDArray[np.int64]
 
 _OPEN_FILES = 256
+_SLOW = 0.0003  # seconds that a read takes on average when it comes from a disk: then more of them are asked for at once
 _MAX_READ = 256 * 1024 * 1024  # bytes in one read of neighbouring samples
 
 
@@ -27,6 +29,7 @@ class LocalFetcher:
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = paths
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._is_slow = True  # until reads turn out to be out of memory
 
     def read(
         self,
@@ -70,6 +73,72 @@ class LocalFetcher:
                 if not isinstance(span, SampleError) and len(span) < size:
                     span = SampleError("shard-read-error", f"the shard ends before byte {offset + size}")
                 yield number, span
+
+    def read_into(
+        self, memory: npt.NDArray[np.uint8], shards: IntArray, offsets: IntArray, sizes: IntArray
+    ) -> tuple[IntArray, dict[int, SampleError]]:
+        """The bytes of all spans, read to where they are wanted.
+
+        Args:
+            memory: uint8, at least the sum of `sizes`.
+            shards: as for `read`,
+            offsets: likewise,
+            sizes: likewise, at least 1 each.
+
+        Returns:
+            begins: int64 [n], where each span begins in `memory`.
+            errors: why some cannot be had.
+
+        Raises:
+            LoaderError: a shard cannot be opened.
+        """
+        order = np.lexsort((offsets, shards))
+        ends = np.cumsum(sizes[order])
+        begins = np.empty_like(ends)
+        begins[order] = ends - sizes[order]
+        first = np.ones(len(order), bool)  # of a stretch without a gap
+        first[1:] = (shards[order][1:] != shards[order][:-1]) | (
+            offsets[order][1:] != (offsets + sizes)[order][:-1]
+        )
+        firsts = np.flatnonzero(first)
+        stretches = list(
+            zip(
+                shards[order[firsts]].tolist(),
+                offsets[order[firsts]].tolist(),
+                begins[order[firsts]].tolist(),
+                [*begins[order[firsts[1:]]].tolist(), int(ends[-1]) if len(ends) else 0],
+                strict=False,
+            )
+        )
+        if self._is_slow:
+            # announced before anything is read, so that the disk works on all of them at once
+            for shard, offset, begin, end in stretches:
+                with suppress(OSError):
+                    os.posix_fadvise(self._file(shard), offset, end - begin, os.POSIX_FADV_WILLNEED)
+        started = time.perf_counter()
+        view = memoryview(memory.data)
+        short = []
+        for number, (shard, offset, begin, end) in enumerate(stretches):
+            try:
+                if not _fill(self._file(shard), view[begin:end], offset):
+                    short.append(number)
+            except OSError:
+                short.append(number)
+        self._is_slow = time.perf_counter() - started > _SLOW * len(stretches)
+        errors: dict[int, SampleError] = {}
+        for number in short:  # a bad spot is one sample's, not its neighbours'
+            last = firsts[number + 1] if number + 1 < len(firsts) else len(order)
+            for span in order[firsts[number] : last].tolist():
+                begin, size = int(begins[span]), int(sizes[span])
+                try:
+                    if not _fill(
+                        self._file(int(shards[span])), view[begin : begin + size], int(offsets[span])
+                    ):
+                        detail = f"the shard ends before byte {int(offsets[span]) + size}"
+                        errors[span] = SampleError("shard-read-error", detail)
+                except OSError as error:
+                    errors[span] = SampleError("shard-read-error", error.strerror or str(error))
+        return begins, errors
 
     def _bytes(self, shard: int, begin: int, size: int) -> memoryview | SampleError:
         try:
@@ -116,6 +185,17 @@ def _runs(shards: IntArray, offsets: IntArray, sizes: IntArray) -> Iterator[tupl
         shard, begin, end, last, spans = int(shards[number]), at, at + size, at, [number]
     if spans:
         yield shard, begin, end, spans
+
+
+def _fill(file: int, memory: memoryview, offset: int) -> bool:
+    """Read until `memory` is full; False at the file's end."""
+    done = os.preadv(file, [memory], offset)
+    while done < len(memory):  # a signal or the file's end came between
+        more = os.preadv(file, [memory[done:]], offset + done)
+        if not more:
+            return False
+        done += more
+    return True
 
 
 def _read_fully(file: int, begin: int, size: int) -> bytes | bytearray:
