@@ -20,6 +20,7 @@ used first would therefore keep what is needed last. So a stable share of all bl
     2  unfinished blocks that are no keepers, least recently used first
     3  unfinished keepers, those of the largest hash first
 
+What is needed only later (`Want.soon`) makes nothing go but the first of these: reading far ahead must not cost what is kept.
 A block that has not been finished in twice the time that others took (some of its samples are excluded, or another node's) counts as finished.
 """
 
@@ -29,7 +30,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
@@ -42,7 +43,8 @@ from shardify.errors import LoaderError
 
 _VERSION = 1
 _KEPT_SHARE = 0.75  # of the cache, for keepers: the rest is for the blocks in use
-_MARGIN = 256 * 1024  # that the book may grow by before it is looked at again
+_BOOK_MARGIN = 320 * 1024  # for the book's log, and what it may grow by before it is looked at again
+_MOST_MARGIN = 8 * 1024 * 1024  # what one step of a large book may write
 _SWEEP = 1.0  # seconds between two looks for owners that have died
 _LOADING, _READY, _UNCHECKED = range(3)
 _RANKS = 1 << 62  # of hashes, as SQLite's integers hold them
@@ -80,12 +82,14 @@ class Want:
         name: of the block.
         size: of its file.
         due: the batch that needs it first.
+        soon: by one of the next batches.
         urgent: a worker waits for it.
     """
 
     name: str
     size: int
     due: int = 0
+    soon: bool = True
     urgent: bool = False
 
 
@@ -108,13 +112,14 @@ class BlockCache:
     Args:
         folder: where it lies.
         data_bytes: of all the blocks that might be asked for.
+        identities: of the shards they belong to, with which their names begin.
 
     Attributes:
         bound: bytes that the folder may hold.
         preempted: blocks in need that had to go for others in greater need.
     """
 
-    def __init__(self, folder: CacheFolder, data_bytes: int) -> None:
+    def __init__(self, folder: CacheFolder, data_bytes: int, identities: Collection[str] = ()) -> None:
         self._folder = folder
         self._path = folder.path
         self._alive = join_folder(folder.path)
@@ -143,13 +148,16 @@ class BlockCache:
                 # who comes first has seen the disk before anything was on it
                 self._book.execute("INSERT OR IGNORE INTO meta VALUES ('bound', ?)", (self.bound,))
                 self.bound = self._meta("bound")
-        self._threshold = int(_RANKS * min(1.0, _KEPT_SHARE * self.bound / max(1, data_bytes)))
+            self._threshold = int(_RANKS * min(1.0, _KEPT_SHARE * self.bound / max(1, data_bytes)))
+            if os.listdir(os.path.join(self._path, "owners")) == [self._owner]:
+                self._grade_anew(frozenset(identities))
 
     @property
     def room(self) -> int:
         """Bytes that blocks may take: the bound, less the book."""
-        book = sum(_size_of(f"{self._book_path}{suffix}") for suffix in ("", "-wal", "-shm"))
-        return self.bound - book - _MARGIN
+        log = sum(_size_of(f"{self._book_path}{suffix}") for suffix in ("-wal", "-shm"))
+        margin = _BOOK_MARGIN + min(self.bound // 256, _MOST_MARGIN)
+        return self.bound - _size_of(self._book_path) - max(log, margin)
 
     def path(self, name: str) -> str:
         """Where a block that is ready lies."""
@@ -372,7 +380,8 @@ class BlockCache:
             lacking = self._meta("used") + want.size - room
         going: list[str] = []
         for name, size in self._book.execute(
-            "SELECT name, size FROM blocks WHERE pins = 0 AND state <> ? ORDER BY grade, age", (_LOADING,)
+            "SELECT name, size FROM blocks WHERE pins = 0 AND grade <= ? AND state <> ? ORDER BY grade, age",
+            (3 if want.soon or want.urgent else 0, _LOADING),
         ):
             if lacking <= 0:
                 break
@@ -410,6 +419,17 @@ class BlockCache:
                 "UPDATE blocks SET grade = grade - 2, uses = 0, since = NULL WHERE pins = 0 AND grade >= 2 AND since < ?",
                 (self._meta("clock") - 2 * lifespan,),
             )
+
+    def _grade_anew(self, identities: Collection[str]) -> None:
+        """What was kept for other shards goes first, and keepers are those for this cache's size."""
+        rows = self._book.execute("SELECT name, hash FROM blocks").fetchall()
+        graded = []
+        for name, rank in rows:
+            keeper = rank < self._threshold and name.partition("-")[0] in identities
+            graded.append((keeper, int(keeper), -rank if keeper else 0, name))
+        self._book.executemany(
+            "UPDATE blocks SET keeper = ?, grade = ?, age = ?, uses = 0, since = NULL WHERE name = ?", graded
+        )
 
     def _meta(self, name: str) -> int:
         value: int = self._book.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()[0]
@@ -493,7 +513,7 @@ class BlockCache:
         for setting in (
             "journal_mode = WAL",
             "synchronous = OFF",
-            "wal_autocheckpoint = 64",
+            "wal_autocheckpoint = 32",
             "journal_size_limit = 0",
         ):
             book.execute(f"PRAGMA {setting}").fetchall()
@@ -513,10 +533,9 @@ class BlockCache:
         book.execute("BEGIN IMMEDIATE")
         for entry in os.scandir(unchecked):
             rank = _rank(entry.name)
-            # which of them are keepers is for the sizes of this run's cache to say; by rank they go in the right order
             book.execute(
-                "INSERT INTO blocks (name, size, state, owner, hash, keeper, grade, age) VALUES (?, ?, ?, '', ?, 1, 1, ?)",
-                (entry.name, entry.stat().st_size, _UNCHECKED, rank, -rank),
+                "INSERT INTO blocks (name, size, state, owner, hash, keeper, grade, age) VALUES (?, ?, ?, '', ?, 0, 0, 0)",
+                (entry.name, entry.stat().st_size, _UNCHECKED, rank),
             )
         book.execute("INSERT INTO meta VALUES ('boot', ?)", (boot,))
         book.execute("COMMIT")

@@ -31,6 +31,7 @@ from shardify.errors import LoaderError
 from shardify.format.urls import is_url, shown
 
 _LINGERING = 64  # batches that a block stays pinned after its last announced use
+_SOON = 4  # batches after the last one that was done: for these, blocks may go that would be kept otherwise
 _CLAIMED_AT_ONCE = 64
 _IN_FLIGHT_BYTES = 512 * 1024 * 1024  # of memory, for blocks being fetched; one may always be
 _PARENT_CHECK = 0.5  # seconds
@@ -149,8 +150,9 @@ class Downloader:
         self._counting = threading.Lock()
         self._notes, self._noted = notes, set[str]()
         self._downloads = settings.downloads
-        data = sum(source.size for source in settings.sources if is_url(source.url))
-        self._cache = BlockCache(settings.folder, data)
+        remote = [source for source in settings.sources if is_url(source.url)]
+        data = sum(source.size for source in remote)
+        self._cache = BlockCache(settings.folder, data, {source.identity for source in remote})
         requests = Requests(settings.patience, self._count)
         self._extents = ExtentFetcher(settings.sources, self._cache, requests, self._note)
         self._needs: dict[Extent, _Need] = {}
@@ -159,6 +161,7 @@ class Downloader:
         self._whole = set[int]()  # shards whose servers give no ranges
         self._batches: dict[int, set[Extent]] = {}
         self._clock = 0  # batches done
+        self._done = -1  # the last of them
         self._in_flight = self._in_flight_bytes = 0
         self._others = self._full = False
         self._jobs: queue.SimpleQueue[_Need] = queue.SimpleQueue()
@@ -202,7 +205,7 @@ class Downloader:
             if kind == Kind.FORGET:
                 released += self._forget()
             elif kind == Kind.DONE:
-                self._clock += 1
+                self._clock, self._done = self._clock + 1, max(self._done, batch)
                 for extent in self._batches.pop(batch, ()):
                     if (done := self._needs.get(extent)) is not None and batch in done.batches:
                         del done.batches[batch]
@@ -244,7 +247,7 @@ class Downloader:
         if batch not in need.waiting:
             self._count("waits", 1)
             need.waiting.add(batch)
-        if need.state is _State.READY and not self._cache.holds(need.name, _file_size(need)):
+        if need.state is _State.READY and not self._cache.holds(need.name, self._want(need).size):
             need.state = _State.QUEUED  # it had to go for one that was needed sooner
             self._queue.append(need)
         if need.state is not _State.QUEUED:
@@ -287,6 +290,7 @@ class Downloader:
 
     def _forget(self) -> list[_Need]:
         self._batches.clear()
+        self._done = -1
         released = []
         for need in list(self._needs.values()):
             need.batches.clear()
@@ -318,15 +322,7 @@ class Downloader:
             if self._in_flight_bytes >= _IN_FLIGHT_BYTES:
                 break
             asked = [self._queue[i] for i in range(min(_CLAIMED_AT_ONCE, len(self._queue)))]
-            wants = [
-                Want(
-                    need.name,
-                    _file_size(need),
-                    min(need.batches, default=0),
-                    bool(need.waiting),
-                )
-                for need in asked
-            ]
+            wants = [self._want(need) for need in asked]
             preempted = self._cache.preempted
             claims = self._cache.claim(wants, self._downloads - self._in_flight)
             self._note_pressure(self._cache.preempted - preempted)
@@ -353,6 +349,16 @@ class Downloader:
                 self._is_refused(asked[len(claims) - 1])
             if full or others or not claims:
                 break
+
+    def _want(self, need: _Need) -> Want:
+        due = min(need.batches, default=0)
+        return Want(
+            need.name,
+            need.extent.end - need.extent.begin + FOOTER_BYTES,
+            due=due,
+            soon=due <= self._done + _SOON,
+            urgent=bool(need.waiting),
+        )
 
     def _is_there(self, need: _Need) -> None:
         need.state, need.refused = _State.READY, 0.0
@@ -471,7 +477,3 @@ class Downloader:
             self._noted.add(topic)
         with suppress(OSError):
             os.write(self._notes, f"{line}\n".encode())
-
-
-def _file_size(need: _Need) -> int:
-    return need.extent.end - need.extent.begin + FOOTER_BYTES

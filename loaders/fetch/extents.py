@@ -183,9 +183,9 @@ class _Tables:
                 with _new_file(self._cache, name) as file:
                     write_fully(file, memoryview(content))
                     end_block(file, name, memoryview(content), [])
-            self._cache.publish(name, samples=0)
-        if claim in (Claim.MINE, Claim.READY):
-            self._cache.release({name: 0})
+            self._cache.publish(
+                name, samples=0
+            )  # and stays pinned: small, and of use for as long as its shard is
 
 
 @contextmanager

@@ -67,13 +67,19 @@ def get(cache: BlockCache, wanted: Want, samples: int = 0) -> Claim:
 
 
 def measured(folder) -> int:
-    """Bytes in a folder, seen from outside while others write there."""
-    total = 0
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(path, name)).st_size
-    return total
+    """Bytes in a folder, seen from outside while others write there: of files that were there at the same moment."""
+
+    def sizes() -> dict[int, int]:
+        found = {}
+        for path, _, names in os.walk(folder):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    status = os.lstat(os.path.join(path, name))
+                    found[status.st_ino] = status.st_size
+        return found
+
+    before, after = sizes(), sizes()
+    return sum(min(before[inode], after[inode]) for inode in before.keys() & after.keys())
 
 
 @given(
