@@ -11,7 +11,7 @@ import queue
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -208,7 +208,8 @@ class StreamingLoader:
             self.world_size,
             budget=max_tokens is not None or max_tiles is not None,
         )
-        self._batching = make_batching(
+        self._make_batching = partial(
+            make_batching,
             global_batch_size=self._global_batch_size,
             rank=self.rank,
             world_size=self.world_size,
@@ -242,6 +243,11 @@ class StreamingLoader:
         self._state = self._planner.without_skipped(self._first_state(lanes))
 
     @property
+    def image(self) -> ImageFit | None:
+        """What fits the images; None when they stay encoded."""
+        return self._image
+
+    @property
     def epoch(self) -> int:
         """The epoch of the next batch, from 0."""
         epoch: int = self._state["epoch"]
@@ -254,7 +260,7 @@ class StreamingLoader:
     def __iter__(self) -> Iterator[Batch]:
         """The rest of this epoch."""
         if not len(self):
-            self._state = self._planner.next_epoch(self._state)
+            self._state = self._planner.without_skipped(self._planner.next_epoch(self._state))
             return
         epoch = self.epoch
         while self.epoch == epoch:  # also when another iterator, or a loaded state, went on to the next one
@@ -286,7 +292,7 @@ class StreamingLoader:
         state["data"] = self._data
         if taken.anew or current_run(state) != run or other_data:
             state |= {"parts": taken.parts, "fingerprint": self._dataset.fingerprint}
-            state = taken_up(with_cursor(state, self._batching.take_up(cursor)), run)
+            state = taken_up(with_cursor(state, planner.batching.take_up(cursor)), run)
         state["skipped"] = skipped_from(state, self._skip)
         state = planner.without_skipped(state)
         self.close()
@@ -298,6 +304,8 @@ class StreamingLoader:
 
     def stats(self) -> LoaderStats:
         """How fast the batches handed out so far came, and what the time went into, on this rank."""
+        if self._run is not None and self._run.remote.is_needed:
+            self._stats.counted(self._run.remote.counters.snapshot())
         return self._stats.stats()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -323,7 +331,9 @@ class StreamingLoader:
         settings = OrderSettings(self._shuffle, self._seed, lanes, self._block, self._window)
         settings.order(0)  # which looks at its arguments
         course = self._dataset.course(settings)
-        return Planner(self._dataset, course, self._batching, self._lengths.measure, self._seed, self._skip)
+        # a batching of its own: it remembers what it has computed, and that is of one order and one mixture
+        batching = self._make_batching()
+        return Planner(self._dataset, course, batching, self._lengths.measure, self._seed, self._skip)
 
     def _shape(self) -> dict[str, Any]:
         """What of this run decides which batch holds what."""
@@ -341,7 +351,7 @@ class StreamingLoader:
                 "shuffle": self._shuffle,
                 "block": self._block,
                 "window": self._window,
-                **self._batching.settings,
+                **self._planner.batching.settings,
                 **self._length_settings,
             },
             parts=self._planner.course.first_parts(),
@@ -367,6 +377,7 @@ class StreamingLoader:
                 built,
                 state=fresh(pending.state),
                 image=self._image,
+                pad_token_id=None if self._text is None else self._text.pad_token_id,
                 packed=self._packed,
                 slab=pending.slab,
                 slabs=run.slabs,
@@ -429,7 +440,10 @@ class StreamingLoader:
         )
         remote.start()  # forked before the workers, and alone with the object stores' client
         pending: deque[_Pending] = deque()
-        dispatch = _Dispatch(self._planner, self._state, slabs, remote, pending, self._ahead())
+        dispatch = _Dispatch(
+            self._planner, self._state, slabs, remote, pending, self._ahead(), self._stats.planned
+        )
+        self._stats.started()
         builder = BatchBuilder(
             paths=list(dataset.paths),
             prefixes=list(dataset.prefixes),
@@ -494,9 +508,16 @@ class _Dispatch:
     remote: RemoteFetch
     pending: deque[_Pending]
     ahead: int  # batches announced to `remote` before they are drawn
+    planned: Callable[[float], None]  # told the seconds that planning took
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        for number, batch in self._announced():
+        batches = self._announced()
+        while True:
+            begin = time.perf_counter()
+            number, batch = next(batches, (-1, None))
+            self.planned(time.perf_counter() - begin)
+            if batch is None:
+                return
             has_images = bool(batch.index.images.any())
             slab = self.slabs.acquire() if has_images else None
             self.pending.append(_Pending(number, batch.state, slab, has_images))
