@@ -73,7 +73,7 @@ class Planner:
 
     def count(self, state: State) -> int:
         """Batches left in the epoch, the same on every rank."""
-        planned = self.batching.count(self._view(state), Cursor.from_state(state))
+        planned = self.batching.count(self.view(state), Cursor.from_state(state))
         begin, end = state["step"], state["step"] + planned
         skipped: int = sum(max(0, min(to, end) - max(start, begin)) for start, to in self.skip)
         return planned - skipped
@@ -93,10 +93,15 @@ class Planner:
 
     def without_skipped(self, state: State) -> State:
         """The state at which the next batch is one that is handed out, and `state` itself where that is so."""
-        while self._skips(state["step"]):
-            step = next(iter(self._steps(state)), None)
-            state = self.next_epoch(state) if step is None else step[1]
-        return state
+        reached, empty = state, 0
+        while self._skips(reached["step"]) and empty < 2:
+            empty += 1
+            for _, after in self.steps(state):
+                reached, empty = after, 0
+                if not self._skips(after["step"]):
+                    break
+            state = self.next_epoch(state) if empty else reached
+        return reached
 
     def take_up(self, state: State) -> TakenUp:
         """How the epochs go on from a state, which may be of fewer shards or of another mixture.
@@ -115,20 +120,21 @@ class Planner:
     def next_epoch(self, state: State) -> State:
         """The state at the beginning of the next epoch."""
         number = state["epoch"]
-        parts = self.course.parts_after(number, state["parts"], self._order(state).length)
+        parts = self.course.parts_after(number, state["parts"], self.order(state).length)
         return with_cursor({**state, "epoch": number + 1, "parts": parts}, Cursor(0))
 
-    def _handed_out(self, state: State) -> Iterator[tuple[Positions, State]]:
-        """The batches left in an epoch that are not skipped, each with the state after it and what is skipped behind it."""
-        for positions, after in self._steps(state):
-            if not self._skips(after["step"] - 1):
-                yield positions, self.without_skipped(after)
+    def _handed_out(self, state: State) -> Iterator[tuple[Positions, int, State]]:
+        """The batches left in an epoch that are not skipped, each with its number and the state after it and what is skipped behind it."""
+        for positions, after in self.steps(state):
+            number = after["step"] - 1
+            if not self._skips(number):
+                yield positions, number, self.without_skipped(after)
 
-    def _steps(self, state: State) -> Iterator[tuple[Positions, State]]:
-        """All batches left in an epoch, each with the state after it."""
+    def steps(self, state: State) -> Iterator[tuple[Positions, State]]:
+        """All batches left in a state's epoch, those to be skipped too, each with the state after it."""
         step, samples = state["step"], state["samples"]
         ended = None
-        for positions in self.batching.batches(self._view(state), Cursor.from_state(state)):
+        for positions in self.batching.batches(self.view(state), Cursor.from_state(state)):
             step, samples = step + 1, samples + positions.samples
             counted = {**state, "step": step, "samples": samples}
             if positions.last:
@@ -141,21 +147,21 @@ class Planner:
     def _skips(self, step: int) -> bool:
         return any(start <= step < to for start, to in self.skip)
 
-    def _located(self, state: State, steps: Iterator[tuple[Positions, State]]) -> Iterator[PlannedBatch]:
+    def _located(self, state: State, steps: Iterator[tuple[Positions, int, State]]) -> Iterator[PlannedBatch]:
         """Steps with where their samples lie, looked up for many together."""
-        order, epoch = self._order(state), int(state["epoch"])
+        order, epoch = self.order(state), int(state["epoch"])
         size = _FIRST_CHUNK
         while chunk := list(_of_size(steps, size)):
             size = min(2 * size, _LAST_CHUNK)
-            positions = np.concatenate([step.positions for step, _ in chunk])
+            positions = np.concatenate([step.positions for step, _, _ in chunk])
             samples = order.samples(positions[positions != FILLER])
             index = self.dataset.rows(samples)
             end = 0
-            for step, after in chunk:
+            for step, number, after in chunk:
                 begin, end = end, end + int(np.count_nonzero(step.positions != FILLER))
                 cut = slice(begin, end)
                 yield PlannedBatch(
-                    step=after["step"] - 1,
+                    step=number,
                     epoch=epoch,
                     positions=step.positions,
                     rows=step.rows,
@@ -164,11 +170,13 @@ class Planner:
                     state=after,
                 )
 
-    def _order(self, state: Mapping[str, Any]) -> EpochOrder:
+    def order(self, state: Mapping[str, Any]) -> EpochOrder:
+        """The order of a state's epoch."""
         return self.course.epoch(state["epoch"], state["parts"])
 
-    def _view(self, state: State) -> EpochView:
-        return self._view_of(self._order(state), state["epoch"])
+    def view(self, state: State) -> EpochView:
+        """A state's epoch as its batching sees it."""
+        return self._view_of(self.order(state), state["epoch"])
 
     def _view_of(self, order: EpochOrder, epoch: int) -> EpochView:
         return EpochView(
@@ -188,7 +196,9 @@ def _measure(measure: Measure, order: EpochOrder, positions: IntArray) -> tuple[
     return measure(samples)
 
 
-def _of_size(steps: Iterator[tuple[Positions, State]], positions: int) -> Iterator[tuple[Positions, State]]:
+def _of_size(
+    steps: Iterator[tuple[Positions, int, State]], positions: int
+) -> Iterator[tuple[Positions, int, State]]:
     """Steps until so many positions are together, one at least."""
     for step in steps:
         yield step
