@@ -130,6 +130,10 @@ class Batching(Protocol):
         """A loaded cursor as the start of this run."""
         ...
 
+    def of_rank(self, rank: int) -> "Batching":
+        """The same plan on another rank of the same world."""
+        ...
+
 
 def make_batching(
     *,
@@ -219,6 +223,10 @@ class PlainBatches:
     def take_up(self, cursor: Cursor) -> Cursor:
         """Batches begin at the cursor's position."""
         return replace(cursor, start=cursor.position)
+
+    def of_rank(self, rank: int) -> "PlainBatches":
+        """These batches on another rank."""
+        return replace(self, rank=rank)
 
     def consumed(self, epoch: EpochView, cursor: Cursor) -> tuple[int, IntArray]:  # noqa: ARG002
         """All positions before the cursor's."""

@@ -1,5 +1,6 @@
 """How long samples are, for grouping and packing: words from the index, or exact token counts, which are made once and kept."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -126,15 +127,38 @@ def token_lengths(dataset: Dataset, text: CountedText, *, image_tokens: int = 1)
     return Lengths(dataset, counts, integer("image_tokens", image_tokens, least=1))
 
 
+def kept_lengths(dataset: Dataset, fingerprint: str, *, image_tokens: int = 1) -> Lengths:
+    """Lengths in tokens as a run has counted them, without its text transform: from the user's cache folder.
+
+    Args:
+        dataset: whose samples.
+        fingerprint: of the text transform.
+        image_tokens: tokens that an image becomes. Default 1.
+
+    Raises:
+        UsageError: they are not there, with where they should be.
+    """
+    counts = []
+    for part in dataset.parts:
+        identity = _identity(part, fingerprint)
+        folder = derived_folder(identity)
+        if not is_derived(identity):
+            named = f" of part {part.name!r}" if part.name else ""
+            raise UsageError(
+                f"token counts{named} are needed as the run had them, and are not on this machine: copy the run's {os.path.basename(folder)} "
+                f"to {folder}, or ask in Python with the run's text=, which counts them again"
+            )
+        counts.append(read_array(folder, "tokens"))
+    return Lengths(dataset, tuple(counts), integer("image_tokens", image_tokens, least=1))
+
+
+def _identity(part: Part, fingerprint: str) -> dict[str, Any]:
+    return {"kind": "tokens", "version": _VERSION, "data": part.fingerprint, "text": fingerprint}
+
+
 def _counts(part: Part, text: CountedText) -> npt.NDArray[np.int32]:
     """int32 [samples of the part], those that take part."""
-    identity = {
-        "kind": "tokens",
-        "version": _VERSION,
-        "data": part.fingerprint,
-        "text": text.fingerprint,
-    }
-    folder, _ = derived(identity, partial(_build, part, text))
+    folder, _ = derived(_identity(part, text.fingerprint), partial(_build, part, text))
     return read_array(folder, "tokens")
 
 

@@ -78,6 +78,10 @@ class Planner:
         skipped: int = sum(max(0, min(to, end) - max(start, begin)) for start, to in self.skip)
         return planned - skipped
 
+    def is_over(self, state: State) -> bool:
+        """Whether no batch is left in the epoch: what `count` would say, for which a windowed plan needs the rest of the epoch."""
+        return next(self._handed_out(state), None) is None
+
     def batches(self, state: State) -> Iterator[PlannedBatch]:
         """The batches after `state`, over the ends of epochs; none when an epoch has no batch at all."""
         empty = 0

@@ -79,9 +79,10 @@ class _Memory:
         default_factory=dict
     )  # [windows, kinds] items, -1: unknown
     left: tuple[tuple[Any, ...], IntArray] | None = None  # [kinds] items, after legs under other sizes
+    arranged: tuple[tuple[Any, ...], Units] | None = None  # the window's
 
     def clear(self) -> None:
-        self.window = self.rows = self.left = None
+        self.window = self.rows = self.left = self.arranged = None
         self.counts.clear()
 
 
@@ -121,6 +122,12 @@ class WindowBatches:
         """The cursor as the start of this run; forgets what was computed before."""
         self._memory.clear()
         return replace(cursor, start=cursor.position)
+
+    def of_rank(self, rank: int) -> "WindowBatches":
+        """These batches on another rank; what was computed of windows is shared."""
+        other = replace(self, rank=rank)
+        object.__setattr__(other, "_memory", self._memory)
+        return other
 
     def consumed(self, epoch: EpochView, cursor: Cursor) -> tuple[int, IntArray]:
         """All positions of the windows before the cursor's, and what was taken of that one.
@@ -278,8 +285,11 @@ class WindowBatches:
     def _arranged(self, epoch: EpochView, window: int, earlier: Legs, done: int) -> tuple[Rows, Units]:
         """What earlier legs left of a window, arranged for this run's size."""
         rows = self._rows(epoch, window)
-        left = self.plan.left(epoch, window, rows, earlier)
-        units = self.plan.arranged(epoch, window, rows, left, self._size)
+        name = (epoch.key, epoch.length, window, earlier)
+        if self._memory.arranged is None or self._memory.arranged[0] != name:
+            left = self.plan.left(epoch, window, rows, earlier)
+            self._memory.arranged = name, self.plan.arranged(epoch, window, rows, left, self._size)
+        units = self._memory.arranged[1]
         check_consumed(done, units, window)
         return rows, units
 

@@ -104,7 +104,7 @@ def read_exclusions(path: str | os.PathLike[str]) -> Exclusions:
                 text = _text(raw, f"{where}: line {number}", first=number == 1)
                 if not text or text in seen:
                     continue
-                kinds = _kinds(text, f"{where}: line {number}")
+                kinds = parse_entry(text, f"{where}: line {number}")
                 seen.add(text)
                 entries[number] = text
                 for id_ in kinds.ids:
@@ -129,8 +129,15 @@ def shorten_entry(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kinds:
-    """All that an entry may be: sixteen digits are a hash, but somebody's id too."""
+class Entry:
+    """All that an entry may be: sixteen digits are a hash, but somebody's id too.
+
+    Attributes:
+        ids: as JSON text, spelled as `same_id` does.
+        url: whether it may be a URL.
+        xxh3_64: of an image, None when it cannot be one.
+        sha256: likewise.
+    """
 
     ids: tuple[str, ...] = ()
     url: bool = False
@@ -148,7 +155,12 @@ def _text(raw: bytes, where: str, *, first: bool) -> str:
     return "" if text.startswith("#") else text
 
 
-def _kinds(text: str, where: str) -> _Kinds:
+def parse_entry(text: str, where: str) -> Entry:
+    """What a line may name; `where` says which it is.
+
+    Raises:
+        SourceError: it is neither id, URL nor image hash.
+    """
     if text.startswith('"'):
         try:
             value = json.loads(text)
@@ -156,7 +168,7 @@ def _kinds(text: str, where: str) -> _Kinds:
             raise SourceError(
                 f"{where}: {shorten_entry(text)}: an id in quotes is JSON text; this is not"
             ) from None
-        return _Kinds(ids=(same_id(json.dumps(value, ensure_ascii=False)),))
+        return Entry(ids=(same_id(json.dumps(value, ensure_ascii=False)),))
     if not text.isprintable() or re.search(r"\s", text) or text[0] in "{[":
         raise SourceError(
             f"{where}: {shorten_entry(text)!r}: neither an id, a URL nor an image hash; an id with blanks or brackets stands in quotes"
@@ -172,7 +184,7 @@ def _kinds(text: str, where: str) -> _Kinds:
             )
         short = int(text, 16) if len(text) == _XXH3_DIGITS else None
         long = bytes.fromhex(text) if len(text) == _SHA256_DIGITS else None
-    return _Kinds(tuple(map(same_id, ids)), url, short, long)
+    return Entry(tuple(map(same_id, ids)), url, short, long)
 
 
 def _urls_of(record: bytes | memoryview) -> list[str]:
