@@ -126,7 +126,7 @@ def model_config(name: str) -> Any:
 def preprocessing(name: str, config: Any, stage: Stage, max_length: int) -> tuple[LlavaText, ImageTransform]:
     """How a model and a stage want texts, cut at `max_length` tokens, and images."""
     tokenizer: Tokenizer = ByteTokenizer()
-    colours = {}
+    colours: dict[str, Any] = {}
     if name != "tiny":
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers tokenise, one sample at a time
         tokenizer = _pretrained(transformers.AutoTokenizer.from_pretrained, name)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from loaders import exports
+
 _PINNED_BYTES = 8 * 1024 * 1024  # 512 rows of 2,048 tokens
 
 
@@ -48,12 +50,15 @@ class Batch:
         attention_mask: bool [B, L]. None without `text`.
         position_ids: int64 [B, L] when packed.
         segment_ids: int64 [B, L] when packed.
-        images: uint8 [n, 3, H, W], channels last in memory (as decoded; `.contiguous()` reorders), n images of the batch, 0 allowed; flat
-            uint8 for ragged fits; a list of n encoded images when the loader's `image` is None.
+        pad_token_id: what `input_ids` are padded with. None without `text`.
+        images: uint8 [n, 3, H, W], channels last in memory (as decoded; `.contiguous()` reorders), n images of the batch, 0 allowed; with
+            tiled fits (``anyres``, ``split``) all tiles of all images, one image after another; with ``native`` flat uint8, one image after
+            another as [H, W, 3]; a list of n encoded images when the loader's `image` is None.
         image_samples: int64 [n], the sample each image belongs to.
-        image_shapes: int64 [n, 2], for ragged fits.
-        image_tiles: int64 [images], for anyres.
-        image_sizes: int64 [images, 2], for anyres.
+        image_shapes: int64 [n, 2], height and width of each image in `images`, with ``native``.
+        image_tiles: int64 [n], the tiles of each image, the whole image's included, with tiled fits.
+        image_sizes: int64 [n, 2], height and width of each image before it was fitted. None without `image`.
+        image_fit: what fitted the images.
         state: the loader's state after this batch, equal on all ranks; JSON-able.
         faults: samples of this batch that became fillers.
     """
@@ -68,11 +73,13 @@ class Batch:
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
+    pad_token_id: int | None = None
     images: torch.Tensor | list[bytes] | list[memoryview]
     image_samples: torch.Tensor
     image_shapes: torch.Tensor | None = None
     image_tiles: torch.Tensor | None = None
     image_sizes: torch.Tensor | None = None
+    image_fit: Any = field(default=None, repr=False)
     state: dict[str, Any]
     faults: tuple[SampleFault, ...] = ()
     _copied: Callable[[torch.cuda.Event], None] | None = field(default=None, repr=False)
@@ -110,6 +117,14 @@ class Batch:
         if device.type != "cpu":  # the copy has nothing to do with the slab any more
             moved["_copied"] = None
         return replace(self, **moved)
+
+    def to_llava(self) -> dict[str, Any]:
+        """The dict that LLaVA's own collator makes: see `loaders.exports.to_llava`."""
+        return exports.to_llava(self)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dict that a model of transformers is called with: see `loaders.exports.to_hf`."""
+        return exports.to_hf(self)
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -11,8 +11,9 @@ import numpy.typing as npt
 from loaders.batch import SampleFault
 from loaders.batching import FILLER
 from loaders.dataset import Rows
+from loaders.decode import Picture
 from loaders.fetch import LocalFetcher
-from loaders.image import Picture
+from loaders.fits import Layout
 from loaders.slabs import SlabPool
 from loaders.stats import BatchStats, StageClock
 from loaders.text import IGNORE_INDEX, TextResult
@@ -36,18 +37,22 @@ class Fitting(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it needs."""
+        """Bytes that it needs: tiles * height * width * 3."""
 
     @property
     def tiles(self) -> int:
         """Pictures that it becomes."""
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of each of them."""
+
+    @property
     def size(self) -> tuple[int, int]:
         """Height and width before fitting."""
 
     def write(self, memory: Pixels) -> None:
-        """Fit it into `memory`, uint8 [nbytes]; raises ImageError."""
+        """Fit it into `memory`, uint8 [nbytes], as [tiles, height, width, 3]; raises ImageError."""
 
 
 class ImageFit(Protocol):
@@ -55,10 +60,25 @@ class ImageFit(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of every picture."""
+        """Of every picture; not asked of a ragged fit."""
 
-    def prepare(self, data: Picture) -> Fitting:
-        """Decode; raises ImageError."""
+    @property
+    def is_ragged(self) -> bool:
+        """Whether each picture has a shape of its own."""
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether an image becomes several pictures."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names all that decides about the sizes that come out; only needed where tiles are counted beforehand."""
+
+    def layout(self, height: int, width: int, *, images: int = 1) -> Layout:
+        """What an image of a size becomes, in a sample of so many images; only asked of ragged and tiled fits. Raises ImageError."""
+
+    def prepare(self, data: Picture, *, images: int = 1) -> Fitting:
+        """Decode an image, of a sample of so many; raises ImageError."""
 
 
 class Text(Protocol):
@@ -139,6 +159,7 @@ class Built:
     memory: Pixels | None = None  # that the images lie in; None when it is the slab
     image_samples: list[int] = field(default_factory=list)  # of each image: its sample,
     image_tiles: list[int] = field(default_factory=list)  # pictures that it became,
+    image_shapes: list[tuple[int, int]] = field(default_factory=list)  # height and width of each of them,
     image_sizes: list[tuple[int, int]] = field(default_factory=list)  # height and width as decoded,
     image_spans: list[tuple[int, int]] = field(default_factory=list)  # where its bytes begin and end
     records: list[bytes] | None = None
@@ -452,29 +473,30 @@ class BatchBuilder:
                 continue
             begin = room.used
             try:
-                fitted = [self._put(room, data) for data in work.images]
+                fitted = [self._put(room, data, len(work.images)) for data in work.images]
             except SampleError as error:
                 room.used = begin
                 built.faults.append(self._fault(plan, work, error))
                 works[place] = None
                 continue
             built.image_samples += [place] * len(fitted)
-            built.image_tiles += [tiles for tiles, _, _ in fitted]
-            built.image_sizes += [size for _, size, _ in fitted]
-            built.image_spans += [span for _, _, span in fitted]
+            built.image_tiles += [image.tiles for image in fitted]
+            built.image_shapes += [image.shape for image in fitted]
+            built.image_sizes += [image.size for image in fitted]
+            built.image_spans += [image.span for image in fitted]
         if not room.in_slab:
             built.memory = room.memory[: room.used]
 
-    def _put(self, room: "_Room", data: Picture) -> tuple[int, tuple[int, int], tuple[int, int]]:
-        """One image into its place: its tiles, its height and width, and from where to where it lies."""
+    def _put(self, room: "_Room", data: Picture, images: int) -> "_Put":
+        """One image, of a sample of so many, into its place."""
         begin = room.used
         if self._image is None:
             data = _encoded(data)
             room.take(len(data))[:] = np.frombuffer(data, np.uint8)
-            return 1, (0, 0), (begin, room.used)
-        fitting = self._image.prepare(data)
+            return _Put(1, (0, 0), (0, 0), (begin, room.used))
+        fitting = self._image.prepare(data, images=images)
         fitting.write(room.take(fitting.nbytes))
-        return fitting.tiles, fitting.size, (begin, room.used)
+        return _Put(fitting.tiles, fitting.shape, fitting.size, (begin, room.used))
 
     def _fault(self, plan: BatchPlan, work: _Work, error: SampleError) -> SampleFault:
         return SampleFault(
@@ -489,6 +511,15 @@ class BatchBuilder:
 
 def _work_of(index: Rows, number: int, places: IntArray) -> _Work:
     return _Work(int(places[number]), int(index.shard[number]), int(index.offset[number]))
+
+
+class _Put(NamedTuple):
+    """What is known of an image that is in its place."""
+
+    tiles: int
+    shape: tuple[int, int]  # of each of them
+    size: tuple[int, int]  # before fitting
+    span: tuple[int, int]  # of its bytes
 
 
 class _Room:

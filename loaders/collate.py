@@ -16,7 +16,14 @@ from loaders.state import State
 
 
 def collate(
-    built: Built, *, state: State, image: ImageFit | None, packed: bool, slab: int | None, slabs: SlabPool
+    built: Built,
+    *,
+    state: State,
+    image: ImageFit | None,
+    pad_token_id: int | None,
+    packed: bool,
+    slab: int | None,
+    slabs: SlabPool,
 ) -> Batch:
     """The batch that a worker has built.
 
@@ -24,6 +31,7 @@ def collate(
         built: its arrays.
         state: after the batch.
         image: what has fitted the images, if anything.
+        pad_token_id: what its tokens are padded with, if there are any.
         packed: whether several samples share a row.
         slab: where the images are, when they are in one.
         slabs: its memory.
@@ -37,8 +45,11 @@ def collate(
         rows=torch.from_numpy(built.rows),
         records=built.records,
         **_texts(built, packed=packed),
+        pad_token_id=pad_token_id,
         images=images,
         image_samples=torch.tensor(built.image_samples, dtype=torch.int64),
+        **_sizes(built, image),
+        image_fit=image,
         state=state,
         faults=tuple(built.faults),
         _copied=copied,
@@ -58,10 +69,28 @@ def _images(
         memory = memoryview(_ordinary(built).data).toreadonly()
         return [memory[begin:end] for begin, end in built.image_spans], None
     pixels = _ordinary(built) if slab is None else slabs.lend(slab)
+    copied = None if slab is None else partial(slabs.record_copy, slab)
+    if image.is_ragged:
+        return torch.from_numpy(pixels[: built.image_spans[-1][1] if built.image_spans else 0]), copied
     channels, height, width = image.shape
     shape = sum(built.image_tiles), height, width, channels
-    images = torch.from_numpy(pixels[: math.prod(shape)].reshape(shape)).permute(0, 3, 1, 2)
-    return images, None if slab is None else partial(slabs.record_copy, slab)
+    return torch.from_numpy(pixels[: math.prod(shape)].reshape(shape)).permute(0, 3, 1, 2), copied
+
+
+def _sizes(built: Built, image: ImageFit | None) -> dict[str, torch.Tensor | None]:
+    """What is to be known of fitted images beside their pixels."""
+    if image is None:
+        return {}
+    sizes: dict[str, torch.Tensor | None] = {"image_sizes": _pairs(built.image_sizes)}
+    if image.is_tiled:
+        sizes["image_tiles"] = torch.tensor(built.image_tiles, dtype=torch.int64)
+    if image.is_ragged:
+        sizes["image_shapes"] = _pairs(built.image_shapes)
+    return sizes
+
+
+def _pairs(pairs: list[tuple[int, int]]) -> torch.Tensor:
+    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
 
 
 def _ordinary(built: Built) -> npt.NDArray[np.uint8]:

@@ -40,7 +40,7 @@ class Normalize(Protocol):
     """What the prefetcher needs of an image transform; `loaders.ImageTransform` is one."""
 
     def normalize(self, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The model's input of uint8 [n, 3, H, W], on any device."""
+        """The model's input of uint8 [n, 3, H, W], or of flat pictures as a batch has them with ``native``, on any device."""
 
 
 @dataclass(slots=True)
@@ -63,8 +63,7 @@ class DevicePrefetcher:
     Args:
         loader: gives the batches.
         device: where to. CUDA devices are copied to ahead of use; on others each batch is moved when it is asked for.
-        dtype: of images, float32 (default), bfloat16 or float16; None leaves them uint8, not normalised. Images of ragged fits stay as
-            they are.
+        dtype: of images, float32 (default), bfloat16 or float16; None leaves them uint8, not normalised.
         normalize: whose mean and std to apply; by default the loader's `image`. With ``decode="nvjpeg"`` an `ImageTransform`, which also
             says size and fit.
         prepare: done to each batch on the host before it is copied, such as expanding image tokens. Default None.
@@ -222,11 +221,13 @@ class DevicePrefetcher:
             batch = self._prepare(batch)
         if self._decoder is not None and not isinstance(batch.images, torch.Tensor):
             decoded = self._decoder(batch.images)
-            batch = replace(invalidate(batch, decoded.faults), images=decoded.images)
+            batch = replace(
+                invalidate(batch, decoded.faults), images=decoded.images, image_fit=self._normalize
+            )
             self._images += len(decoded.images) - decoded.on_host
             self._on_host += decoded.on_host
         moved = batch.to(self.device)
-        if self._dtype is None or not isinstance(moved.images, torch.Tensor) or moved.images.dim() < 4:
+        if self._dtype is None or not isinstance(moved.images, torch.Tensor):
             return moved
         assert self._normalize is not None
         return replace(moved, images=self._normalize.normalize(moved.images, self._dtype))

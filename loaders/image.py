@@ -1,86 +1,185 @@
-"""Image bytes to pixels: exact decoding, CLIP's geometry, uint8 out.
+"""`ImageTransform`: image bytes to uint8 pixels, as CLIPImageProcessor, LLaVA's training code and their relatives see them.
 
-What a pixel is, Pillow's ``Image.open(...).convert("RGB")`` says; what a resized pixel is, its BICUBIC
-filter. Both are met to within 2/255, several times faster: JPEG by libjpeg-turbo with the exact DCT and
-upsampling, resizing by torch's antialiased uint8 bicubic.
+What a pixel is, Pillow's ``Image.open(...).convert("RGB")`` says (`loaders.decode`); what a resized pixel is, its filters (`loaders.resample`).
+Both are met to within 2/255, several times faster. What is resized to what, `loaders.fits` says.
 """
 
-import io
-import math
-import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch.nn import functional
 
-from shardify.errors import ImageError, UsageError
+from loaders import fits
+from loaders.arguments import integer
+from loaders.decode import Picture, Pixels, pixels_of, size_of
+from loaders.resample import Resample
+from shardify.errors import UsageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Per channel, of pixels in 0 to 1 (openai/clip-vit-large-patch14-336, preprocessor_config.json)."""
 
-MAX_PIXELS = 178_956_970
-"""Pictures with more are refused before they are decoded: Pillow's own limit, 512 MiB of RGB."""
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 1280
+"""Of ``fit="native"``, Qwen2VLImageProcessor's defaults."""
 
-MAX_PADDED_SIDE = 65_535
-"""Sides beyond are refused by ``fit="pad"``, whose square would be larger than any JPEG."""
+Fit = Literal["crop", "pad", "squash", "anyres", "split", "native"]
 
-Fit = Literal["crop", "pad"]
-Pixels = npt.NDArray[np.uint8]  # [height, width, 3]
-Picture = bytes | bytearray | memoryview | Pixels | Image.Image
-"""An encoded image, or one that is decoded already."""
-
-_STRIP_BYTES = 16 * 1024 * 1024  # of padded rows in memory at a time
+_ONLY_FOR: dict[str, tuple[Fit, ...]] = {
+    "grid_pinpoints": ("anyres",),
+    "pad_several": ("anyres",),
+    "background": ("pad", "anyres"),
+    "longest_edge": ("split", "squash"),
+    "min_pixels": ("native",),
+    "max_pixels": ("native",),
+}
+_VERSION = 1  # of sizes; part of the fingerprint
 
 
 @dataclass(frozen=True, slots=True)
 class ImageTransform:
-    """Encoded image to uint8 RGB of a fixed size, as CLIPImageProcessor and LLaVA's training code see it.
+    """Encoded image to uint8 RGB.
 
-    EXIF orientation is ignored, alpha dropped, and of an animation the first frame taken, as LLaVA does.
+    EXIF orientation is ignored, alpha dropped, and of an animation the first frame taken, as LLaVA does. docs/images.md shows each fit.
 
     Attributes:
-        size: the side S of the square that comes out, in pixels. Default 336.
-        fit: ``crop`` (default, LLaVA's pretraining and CLIPImageProcessor): the shorter edge becomes S and
-            the centre is kept.
-            ``pad`` (LLaVA's fine-tuning, `expand2square`): filled up to a square with the mean colour, then
-                resized.
+        size: the side S of the squares that come out, in pixels. Default 336. Of no meaning for ``native``.
+        fit: ``crop`` (default, LLaVA's pretraining and CLIPImageProcessor): the shorter edge becomes S and the centre is kept.
+            ``pad`` (LLaVA's fine-tuning, `expand2square`): filled up to a square, then resized.
+            ``squash`` (SiglipImageProcessor): resized to the square, whatever the shape.
+            ``anyres`` (LLaVA-NeXT): the picture squashed, and the tiles of the grid that suits it best.
+            ``split`` (Idefics3ImageProcessor, SmolVLM's): the tiles of a grid, and the picture squashed.
+            ``native`` (Qwen2VLImageProcessor): near its own size, sides multiples of ``patch_size * merge_size``; `to_patches` makes patches.
         mean: per channel, of pixels in 0 to 1; for `normalize` and the colour of padding. Default CLIP's.
         std: per channel, for `normalize`. Default CLIP's.
+        background: the colour of padding, 0 to 255; by default the mean's for ``pad``, black for ``anyres``.
+        resample: the filter: ``bicubic`` (default) and ``bilinear`` within 2/255 of Pillow, ``lanczos`` (default of ``split``) by Pillow.
+        grid_pinpoints: for ``anyres``, (width, height) of the grids in pixels, as a list or as text, or text like ``(1x1),...,(6x6)``.
+            Default LLaVA-NeXT's, scaled to S: 1x2, 2x1, 2x2, 3x1 and 1x3 tiles. transformers' `image_grid_pinpoints` are (height, width).
+        pad_several: for ``anyres``, samples with several pictures have each padded to one square of the mean's colour, as LLaVA-NeXT trains
+            and LlavaOnevisionImageProcessor does. Default False.
+        longest_edge: of the picture before it is split, in pixels, default 4 * S; for ``squash`` before it is squashed, default None, as it is.
+        min_pixels: for ``native``, of a picture that comes out. Default 3,136.
+        max_pixels: for ``native``. Default 1,003,520.
+        patch_size: for ``native``, the side of a patch. Default 14.
+        merge_size: for ``native``, patches side by side that the model makes one token of. Default 2.
+        temporal_patch_size: for ``native``, how often each patch is repeated. Default 2.
+
+    Raises:
+        UsageError: values that are impossible, or that mean nothing for the fit.
     """
 
     size: int = 336
     fit: Fit = field(default="crop", kw_only=True)
     mean: tuple[float, float, float] = field(default=CLIP_MEAN, kw_only=True)
     std: tuple[float, float, float] = field(default=CLIP_STD, kw_only=True)
+    background: tuple[int, int, int] | None = field(default=None, kw_only=True)
+    resample: Resample | None = field(default=None, kw_only=True)
+    grid_pinpoints: Any = field(default=None, kw_only=True)
+    pad_several: bool = field(default=False, kw_only=True)
+    longest_edge: int | None = field(default=None, kw_only=True)
+    min_pixels: int | None = field(default=None, kw_only=True)
+    max_pixels: int | None = field(default=None, kw_only=True)
+    patch_size: int = field(default=14, kw_only=True)
+    merge_size: int = field(default=2, kw_only=True)
+    temporal_patch_size: int = field(default=2, kw_only=True)
+    _alone: fits.Fit = field(init=False, repr=False, compare=False)
+    _among: fits.Fit = field(init=False, repr=False, compare=False)  # several pictures of a sample
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise UsageError(f"an image size of {self.size} px; at least 1 is needed")
+        for name in ("size", "patch_size", "merge_size", "temporal_patch_size"):
+            integer(name, getattr(self, name), least=1)
         if self.fit not in get_args(Fit):
             raise UsageError(f"no fit {self.fit!r}; there are {', '.join(get_args(Fit))}")
-        if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
-            raise UsageError(
-                f"mean {self.mean} and std {self.std} need three values each, and no std may be 0"
-            )
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _three(name, getattr(self, name)))
+        if 0 in self.std:
+            raise UsageError(f"std {self.std}: no value may be 0")
+        self._settle()
+        alone = self._make()
+        object.__setattr__(self, "_alone", alone)
+        among: fits.Fit = alone
+        if self.pad_several:
+            among = fits.Pad(self.size, self._mean_colour(), self._filter)
+        object.__setattr__(self, "_among", among)
+
+    @classmethod
+    def from_processor(cls, processor: Any) -> "ImageTransform":
+        """The transform that does what an image processor of transformers does.
+
+        Args:
+            processor: of CLIP, SigLIP, LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL (2.5, 3), Idefics3 or SmolVLM; a processor that has one as
+                `image_processor`; its settings as a dict; or the path of a preprocessor_config.json, or of the folder with it.
+
+        Raises:
+            UsageError: a setting that cannot be honoured, named; or another kind of processor.
+        """
+        from loaders.processors import settings_of, transform_arguments
+
+        settings: Mapping[str, Any] = settings_of(processor)
+        return cls(**transform_arguments(settings))
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The shape of every result: (3, S, S)."""
+        """The shape of every picture and tile: (3, S, S).
+
+        Raises:
+            UsageError: ``native``, where each has its own.
+        """
+        if self.is_ragged:
+            raise UsageError('with fit="native" pictures have no common shape')
         return 3, self.size, self.size
 
-    def prepare(self, data: Picture) -> "Prepared":
+    @property
+    def is_ragged(self) -> bool:
+        """Whether each picture has a shape of its own: ``native``."""
+        return self.fit == "native"
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether a picture becomes several tiles: ``anyres`` and ``split``."""
+        return self.fit in ("anyres", "split")
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what decides about the sizes that come out; tile counts are kept under it."""
+        return f"{_VERSION} {self._alone} {self._among}"
+
+    def layout(self, height: int, width: int, *, images: int = 1) -> fits.Layout:
+        """What a picture of a size becomes: how many tiles, of which size.
+
+        Args:
+            height: of the picture, in pixels.
+            width: likewise.
+            images: of its sample.
+
+        Raises:
+            ImageError: ``image-too-large``, or ``image-elongated`` (``native``).
+        """
+        return self._fit(images).layout(height, width)
+
+    def layout_of(self, data: Picture, *, images: int = 1) -> fits.Layout:
+        """The same of an image, from its header: what a text needs to know before pictures are decoded.
+
+        Raises:
+            ImageError: as for a call, as far as the header tells.
+        """
+        return self.layout(*size_of(data), images=images)
+
+    def prepare(self, data: Picture, *, images: int = 1) -> "Prepared":
         """Decode one image, to be fitted into memory whose place depends on how much it needs.
+
+        Args:
+            data: as for a call.
+            images: of its sample.
 
         Raises:
             ImageError: as for a call.
         """
-        return Prepared(_decoded(data), self)
+        pixels = pixels_of(data)
+        return Prepared(pixels, self._fit(images), self.layout(*pixels.shape[:2], images=images))
 
     def __call__(self, data: Picture) -> torch.Tensor:
         """Decode and fit one image.
@@ -89,57 +188,139 @@ class ImageTransform:
             data: the encoded image, in any format Pillow reads; or one of Pillow's; or pixels, uint8 [height, width, 3].
 
         Returns:
-            uint8 [3, S, S], contiguous.
+            uint8 [3, S, S]; [tiles, 3, S, S] with ``anyres`` (the base tile first) and ``split`` (it comes last); [3, H, W] with ``native``;
+            contiguous.
 
         Raises:
-            ImageError: ``image-empty``, ``image-too-large`` or ``image-undecodable``; never anything else for
-                any bytes.
+            ImageError: ``image-empty``, ``image-too-large``, ``image-undecodable``, or ``image-elongated`` (``native``); never anything else
+                for any bytes.
         """
-        out = torch.empty(self.shape, dtype=torch.uint8)
-        self.into(data, out)
-        return out
+        tiles = self._fitted(data)
+        planes = torch.from_numpy(tiles).permute(0, 3, 1, 2).contiguous()
+        return planes if self.is_tiled else planes[0]
 
     def into(self, data: Picture, out: torch.Tensor) -> None:
         """Decode and fit one image into memory that is there already.
 
         Args:
             data: as for a call.
-            out: uint8 [3, S, S] with any strides. Pixels in memory order (a permuted [S, S, 3]) are written
-                fastest, since that is how they are decoded. Untouched when an error is raised.
+            out: uint8 of the shape that a call returns, with any strides. Untouched when an error is raised.
 
         Raises:
             ImageError: as for a call.
         """
-        out.copy_(torch.from_numpy(self.fitted(_decoded(data))).permute(2, 0, 1))
-
-    def fitted(self, pixels: Pixels) -> Pixels:
-        """Decoded pixels, uint8 [height, width, 3], fitted: uint8 [S, S, 3].
-
-        Raises:
-            ImageError: ``image-too-large``.
-        """
-        if self.fit == "crop":
-            return _crop(pixels, self.size)
-        return _pad(pixels, self.size, self._background())
+        tiles = torch.from_numpy(self._fitted(data)).permute(0, 3, 1, 2)
+        out.copy_(tiles if self.is_tiled else tiles[0])
 
     def normalize(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The model's input: (images / 255 - mean) / std.
 
         Args:
-            images: uint8 [..., 3, H, W], on any device.
+            images: uint8 [..., 3, H, W], or flat pictures as a batch has them with ``native``, uint8 [bytes]; on any device.
             dtype: of the result; the arithmetic is done in float32.
 
         Returns:
             A new tensor of `dtype` and the same shape, device and memory order.
         """
         result = images.to(torch.float32)
-        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+        # flat pictures lie pixel by pixel
+        channels = result.view(-1, 3).T if images.dim() == 1 else result.movedim(-3, 0)
+        for channel, mean, std in zip(channels, self.mean, self.std, strict=True):
             # by plain numbers: constants in a tensor would be copied to the device, and waited for
-            result.select(-3, channel).mul_(1 / (255 * std)).sub_(mean / std)
+            channel.mul_(1 / (255 * std)).sub_(mean / std)
         return result.to(dtype)
 
-    def _background(self) -> tuple[int, ...]:
-        return tuple(int(value * 255) for value in self.mean)  # LLaVA truncates: (122, 116, 104) for CLIP
+    def to_patches(self, images: torch.Tensor, shapes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures of ``native`` as Qwen2VLImageProcessor cuts them, on the device where they are: see `loaders.patches.patchify`.
+
+        Args:
+            images: flat, uint8 or normalised: `Batch.images`.
+            shapes: int64 [n, 2]: `Batch.image_shapes`.
+
+        Returns:
+            `pixel_values` [patches, 3 * temporal_patch_size * patch_size ** 2], of the type of `images`, and `image_grid_thw`, int64 [n, 3].
+        """
+        from loaders.patches import patchify
+
+        return patchify(
+            images,
+            shapes,
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            temporal_patch_size=self.temporal_patch_size,
+        )
+
+    @property
+    def padding(self) -> tuple[int, int, int]:
+        """The colour around a padded picture."""
+        if self.background is not None:
+            return self.background
+        return (0, 0, 0) if self.fit == "anyres" else self._mean_colour()
+
+    @property
+    def _filter(self) -> Resample:
+        return self.resample or ("lanczos" if self.fit == "split" else "bicubic")
+
+    def _mean_colour(self) -> tuple[int, int, int]:
+        red, green, blue = (
+            int(value * 255) for value in self.mean
+        )  # LLaVA truncates: (122, 116, 104) for CLIP
+        return red, green, blue
+
+    def _fit(self, images: int) -> fits.Fit:
+        return self._alone if images <= 1 else self._among
+
+    def _fitted(self, data: Picture) -> npt.NDArray[np.uint8]:
+        prepared = self.prepare(data)
+        tiles = np.empty(prepared.nbytes, np.uint8)
+        prepared.write(tiles)
+        return tiles.reshape(-1, *prepared.shape, 3)
+
+    def _settle(self) -> None:
+        """Check the options, and write them as they are meant."""
+        for name, meant in _ONLY_FOR.items():
+            if getattr(self, name) not in (None, False) and self.fit not in meant:
+                raise UsageError(
+                    f"{name}={getattr(self, name)!r} means nothing for fit={self.fit!r}, only for {' and '.join(meant)}"
+                )
+        if self.resample not in (None, *get_args(Resample)):
+            raise UsageError(f"resample={self.resample!r}: there are {', '.join(get_args(Resample))}")
+        if self.background is not None:
+            colour = _three("background", self.background)
+            if not all(0 <= value <= 255 and value == int(value) for value in colour):
+                raise UsageError(
+                    f"background={self.background!r}: three whole numbers from 0 to 255 are needed"
+                )
+            object.__setattr__(self, "background", tuple(int(value) for value in colour))
+        if self.grid_pinpoints is not None:
+            object.__setattr__(self, "grid_pinpoints", fits.parse_grids(self.grid_pinpoints, self.size))
+        for name in ("longest_edge", "min_pixels", "max_pixels"):
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), least=1)
+        low, high = self.min_pixels or MIN_PIXELS, self.max_pixels or MAX_PIXELS
+        if low > high:
+            raise UsageError(f"min_pixels={low} is more than max_pixels={high}")
+
+    def _make(self) -> fits.Fit:
+        size, resample = self.size, self._filter
+        if self.fit == "crop":
+            return fits.Crop(size, resample)
+        if self.fit == "pad":
+            return fits.Pad(size, self.padding, resample)
+        if self.fit == "squash":
+            return fits.Squash(size, resample, self.longest_edge)
+        if self.fit == "anyres":
+            grids = self.grid_pinpoints
+            if grids is None:
+                grids = tuple((columns * size, rows * size) for columns, rows in _GRIDS)
+            return fits.AnyRes(size, grids, self.padding, resample)
+        if self.fit == "split":
+            return fits.Split(size, self.longest_edge or 4 * size, resample)
+        factor = self.patch_size * self.merge_size
+        return fits.Native(factor, self.min_pixels or MIN_PIXELS, self.max_pixels or MAX_PIXELS, resample)
+
+
+_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # liuhaotian/llava-v1.6-*: image_grid_pinpoints
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,16 +329,23 @@ class Prepared:
 
     Attributes:
         pixels: uint8 [height, width, 3].
-        transform: that fits it.
+        fit: that fits it.
+        layout: what it becomes.
     """
 
     pixels: Pixels
-    transform: ImageTransform
+    fit: fits.Fit
+    layout: fits.Layout
 
     @property
     def tiles(self) -> int:
         """Pictures that it becomes."""
-        return 1
+        return self.layout.tiles
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of each of them."""
+        return self.layout.height, self.layout.width
 
     @property
     def size(self) -> tuple[int, int]:
@@ -167,154 +355,16 @@ class Prepared:
     @property
     def nbytes(self) -> int:
         """Bytes that `write` needs."""
-        return self.tiles * math.prod(self.transform.shape)
+        return self.layout.nbytes
 
     def write(self, memory: npt.NDArray[np.uint8]) -> None:
-        """Fit it into `memory`, uint8 [nbytes], as [tiles, S, S, 3].
-
-        Raises:
-            ImageError: ``image-too-large``.
-        """
-        fitted = self.transform.fitted(self.pixels)
-        memory.reshape(fitted.shape)[...] = fitted
+        """Fit it into `memory`, uint8 [nbytes], as [tiles, height, width, 3]."""
+        self.fit.write(self.pixels, memory.reshape(self.tiles, *self.shape, 3))
 
 
-def _decoded(data: Picture) -> Pixels:
-    return decode(data) if isinstance(data, bytes | bytearray | memoryview) else _pixels_of(data)
-
-
-def decode(data: bytes | bytearray | memoryview) -> Pixels:
-    """The pixels of an encoded image, as Pillow's ``convert("RGB")`` gives them (JPEG: to within 1/255).
-
-    Returns:
-        uint8 [height, width, 3], writable.
-
-    Raises:
-        ImageError: ``image-empty``, ``image-too-large`` (more than `MAX_PIXELS`) or ``image-undecodable``.
-    """
-    if not data:
-        raise ImageError("image-empty", "0 bytes")
-    if data[:2] == b"\xff\xd8":
-        pixels = _decode_jpeg(data)
-        if pixels is not None:
-            return pixels
-    return _decode_by_pillow(data)
-
-
-def _pixels_of(picture: Pixels | Image.Image) -> Pixels:
-    """The pixels of an image that is decoded already.
-
-    Raises:
-        ImageError: ``image-undecodable``, it is none.
-    """
-    if isinstance(picture, Image.Image):
-        return np.array(picture.convert("RGB"))
-    if (
-        not isinstance(picture, np.ndarray)
-        or picture.dtype != np.uint8
-        or picture.shape[2:] != (3,)
-        or 0 in picture.shape
-    ):
-        described = (
-            f"{getattr(picture, 'dtype', type(picture).__name__)} {list(getattr(picture, 'shape', ()))}"
-        )
-        raise ImageError("image-undecodable", f"pixels are uint8 [height, width, 3], this is {described}")
-    return np.ascontiguousarray(picture)
-
-
-def _decode_jpeg(data: bytes | bytearray | memoryview) -> Pixels | None:
-    """The pixels, or None for what Pillow had better judge: CMYK, 12 bits, anything with a fault."""
+def _three(name: str, values: Any) -> tuple[float, float, float]:
     try:
-        height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-        if colour in ("CMYK", "YCCK"):  # Pillow's conversion is the reference, and is not libjpeg's
-            return None
-        _refuse_bomb(height, width)
-        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
-    except ValueError:
-        return None
-    return pixels
-
-
-def _decode_by_pillow(data: bytes | bytearray | memoryview) -> Pixels:
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
-            _refuse_bomb(image.height, image.width)
-            _refuse_program(image)
-            return np.array(image.convert("RGB"))
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError("image-undecodable", "in no format that Pillow knows") from None
-    except (Image.DecompressionBombError, MemoryError) as error:
-        raise ImageError("image-too-large", str(error) or "out of memory") from None
-    except Exception as error:  # noqa: BLE001 - damage makes Pillow raise nearly anything: SyntaxError, ...
-        raise ImageError("image-undecodable", f"{type(error).__name__}: {error}") from None
-
-
-def _refuse_bomb(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise ImageError("image-too-large", f"{width}x{height} px; the limit is {MAX_PIXELS} px")
-
-
-def _refuse_program(image: Image.Image) -> None:
-    if image.format == "EPS":  # Pillow would run Ghostscript on it
-        raise ImageError("image-undecodable", "EPS is a program, not a picture")
-
-
-def _crop(pixels: Pixels, size: int) -> Pixels:
-    """Shorter edge to `size`, then the centre: the arithmetic of CLIPImageProcessor, truncations included."""
-    height, width = pixels.shape[:2]
-    if height <= width:
-        new_height, new_width = size, int(size * width / height)
-    else:
-        new_height, new_width = int(size * height / width), size
-    _refuse_bomb(new_height, new_width)  # 20,000 x 1 px would become 6,720,000 x 336
-    top, left = (new_height - size) // 2, (new_width - size) // 2
-    return _resize(pixels, new_height, new_width)[top : top + size, left : left + size]
-
-
-def _pad(pixels: Pixels, size: int, background: tuple[int, ...]) -> Pixels:
-    """To a square with the picture in its middle, then to `size`; the square itself is never in memory.
-
-    The filter works along rows first and columns second, so rows can be shrunk before the ones above and
-    below are added, and a tall picture can be widened a strip of rows at a time.
-    """
-    height, width = pixels.shape[:2]
-    side = max(height, width)
-    if side > MAX_PADDED_SIDE:
-        raise ImageError(
-            "image-too-large", f"{width}x{height} px; the longest side for padding is {MAX_PADDED_SIDE} px"
-        )
-    left, top = (side - width) // 2, (side - height) // 2
-    square = np.empty((side, size, 3), np.uint8)  # its rows already at their final width
-    colour = np.array(background, np.uint8)
-    square[:top] = square[top + height :] = np.tile(colour, (size, 1))
-    if width == side:
-        square[top : top + height] = _resize(pixels, height, size)
-    else:
-        strip = np.tile(colour, (min(height, max(1, _STRIP_BYTES // (3 * side))), side, 1))
-        for start in range(0, height, len(strip)):
-            rows = pixels[start : start + len(strip)]
-            strip[: len(rows), left : left + width] = rows
-            square[start : start + len(rows)] = _resize(strip[: len(rows)], len(rows), size)
-    return _resize(square, size, size)
-
-
-def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Bicubic as Pillow's, whose two passes round and clip between them, so that their order shows at sharp edges.
-
-    Pillow shrinks rows first, as torch always does, unless columns lose more than twice as many pixels (Pillow 13.0; seen by comparing
-    both orders on 4,000 random pictures and sizes): pictures more than twice as tall as wide.
-    """
-    lost_rows, lost_columns = pixels.shape[0] - height, pixels.shape[1] - width
-    if lost_rows > 0 and lost_columns and lost_rows > 2 * lost_columns:
-        pixels = np.ascontiguousarray(_resize_rows_first(pixels, height, pixels.shape[1]))
-    return _resize_rows_first(pixels, height, width)
-
-
-def _resize_rows_first(pixels: Pixels, height: int, width: int) -> Pixels:
-    # seen as a batch of one in channels-last order, which torch has a fast path for and keeps in the result
-    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-    resized = functional.interpolate(batch, size=(height, width), mode="bicubic", antialias=True)
-    result: Pixels = resized.permute(0, 2, 3, 1)[0].numpy()
-    return result
+        first, second, third = values
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} {values!r}: three values are needed, one for each channel") from None
+    return first, second, third

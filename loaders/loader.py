@@ -259,7 +259,7 @@ class StreamingLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of this epoch."""
-        if not len(self):
+        if self._planner.is_over(self._state):
             self.close()  # the plan that its workers follow may end with the second of two such epochs
             self._state = self._planner.without_skipped(self._planner.next_epoch(self._state))
             return

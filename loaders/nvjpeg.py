@@ -22,7 +22,8 @@ from torch.utils import dlpack
 
 from loaders.batch import Batch, SampleFault
 from loaders.batching import FILLER
-from loaders.image import MAX_PIXELS, ImageTransform
+from loaders.decode import MAX_PIXELS
+from loaders.image import ImageTransform
 from loaders.text import IGNORE_INDEX
 from shardify.errors import ImageError, UsageError
 
@@ -68,6 +69,8 @@ class NvjpegDecoder:
     def __init__(self, transform: ImageTransform, device: torch.device, *, library: Any = None) -> None:
         if transform.fit not in ("crop", "pad"):
             raise UsageError(f'decode="nvjpeg" has no fit {transform.fit!r}; there are crop, pad')
+        if transform.resample not in (None, "bicubic"):
+            raise UsageError(f'decode="nvjpeg" has no filter {transform.resample!r}; there is bicubic')
         if library is None:
             library = _installed(device)
         self._transform, self._device, self._library = transform, device, library
@@ -184,15 +187,15 @@ def fit(pixels: torch.Tensor, transform: ImageTransform) -> torch.Tensor:
         side = max(height, width)
         left, top = (side - width) // 2, (side - height) // 2
         square = image.new_empty(1, 3, side, side)
-        for channel, mean in enumerate(transform.mean):
-            square[:, channel] = int(mean * 255)
+        for channel, value in enumerate(transform.padding):
+            square[:, channel] = value
         square[:, :, top : top + height, left : left + width] = image
         fitted = _resize(square, size, size)
     return fitted[0].to(torch.uint8)
 
 
 def _resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Pillow's bicubic, float32 [1, 3, h, w]: a pass for each axis, each rounded and clipped, in the order `loaders.image` explains."""
+    """Pillow's bicubic, float32 [1, 3, h, w]: a pass for each axis, each rounded and clipped, in the order `loaders.resample` explains."""
     lost_rows, lost_columns = image.shape[2] - height, image.shape[3] - width
     if lost_rows > 0 and lost_columns and lost_rows > 2 * lost_columns:
         return _pass(_pass(image, height, image.shape[3]), height, width)

@@ -251,7 +251,7 @@ def test_a_batch_that_cannot_be_moved_is_told_in_its_turn_and_tried_again(plain_
 
 def test_an_error_in_a_worker_comes_through(tmp_path, made):
     class Broken(ImageTransform):
-        def prepare(self, data):
+        def prepare(self, data, *, images=1):
             raise RuntimeError("a bug")
 
     data = made.write(tmp_path, [made.ordinary(i) for i in range(8)], shards=1)

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from loaders.image import CLIP_MEAN, CLIP_STD, ImageTransform, decode
+from loaders.decode import decode
+from loaders.image import CLIP_MEAN, CLIP_STD, ImageTransform
 from shardify.errors import ImageError, UsageError
 
 FITS = ("crop", "pad")
@@ -166,7 +167,7 @@ def test_the_padded_square_is_never_in_memory():
 def test_tall_pictures_padded_in_strips_are_the_same(monkeypatch):
     data = encoded(picture(40, 301), "PNG")
     whole = ImageTransform(64, fit="pad")(data)
-    monkeypatch.setattr("loaders.image._STRIP_BYTES", 301 * 3 * 7)
+    monkeypatch.setattr("loaders.fits._STRIP_BYTES", 301 * 3 * 7)
     assert torch.equal(ImageTransform(64, fit="pad")(data), whole)
 
 

@@ -552,7 +552,7 @@ class DyingImage:
 
     shape = (3, 8, 8)
 
-    def prepare(self, data):
+    def prepare(self, data, *, images=1):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -567,7 +567,7 @@ def test_a_dying_worker_is_one_of_our_errors_when_waited_for(plain_data):
 class BuggyImage:
     shape = (3, 8, 8)
 
-    def prepare(self, data):
+    def prepare(self, data, *, images=1):
         raise RuntimeError("a bug of the user's")
 
 

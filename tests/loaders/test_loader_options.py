@@ -227,7 +227,7 @@ class Hanging:
 
     shape = (3, 8, 8)
 
-    def prepare(self, data):
+    def prepare(self, data, *, images=1):
         time.sleep(1000)
 
 
@@ -238,7 +238,7 @@ def test_a_hung_worker_is_named_with_its_stack(plain_data):
 
 
 class Stopped(Hanging):
-    def prepare(self, data):
+    def prepare(self, data, *, images=1):
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -249,7 +249,7 @@ def test_a_stopped_worker_is_named_too(plain_data):
 
 
 class Crashing(Hanging):
-    def prepare(self, data):
+    def prepare(self, data, *, images=1):
         os.kill(os.getpid(), signal.SIGSEGV)
 
 
