@@ -1,7 +1,7 @@
 """LLaVA records to tokens and labels, token for token as llava/train/train.py of haotian-liu/LLaVA."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import xxhash
 
 from loaders.text.layouts import IMAGE_TEXT, Segment
 from loaders.text.masks import IGNORE_INDEX, RoundMasking, Tokenized
+from loaders.text.sentencepieces import SentencePieceTokenizer
 from loaders.text.templates import TEMPLATES
 from loaders.text.tokenizers import Tokenizer, direct, fingerprint_of
 from shardify.errors import TextError, UsageError
@@ -119,6 +120,8 @@ class LlavaText:
             raise UsageError(
                 f"{type(tokenizer).__name__} ends every text with its end token; set add_eos_token=False"
             )
+        direct_count = self.tokenizer.count if isinstance(self.tokenizer, SentencePieceTokenizer) else None
+        self._count: Callable[[str], int] = direct_count or self._count_tokens
         self._own_start = letter[:1] if letter[:1] == [tokenizer.bos_token_id] else []
         self._always_trained = self._single_tokens()
         self.labels: Labels = labels or "reference"
@@ -185,6 +188,11 @@ class LlavaText:
         def tokenize(text: str) -> list[int]:
             return self._prompt_tokens(text, cut_images)
 
+        def count(text: str) -> int:
+            pieces = text.split(IMAGE_TEXT) if cut_images else [text]
+            images = len(pieces) - 1
+            return sum(map(self._count, pieces)) + images - images * len(self._own_start)
+
         input_ids = tokenize("".join([segment.prompt for segment in segments]))
         # a text-only prompt is cut to its length before the counting; one with images, after it
         counted = input_ids if cut_images else input_ids[: self.max_length]
@@ -193,6 +201,7 @@ class LlavaText:
                 segments=segments,
                 input_ids=counted,
                 tokenize=tokenize,
+                count=count,
                 has_images=cut_images,
                 legacy=getattr(self.tokenizer, "legacy", None),
                 pad_token_id=self.pad_token_id,
@@ -243,6 +252,9 @@ class LlavaText:
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text).input_ids)
+
+    def _count_tokens(self, text: str) -> int:
+        return len(self.tokenizer(text).input_ids)
 
     def _own(self, text: str) -> list[int]:
         return self._tokens(text)[len(self._own_start) :]
@@ -314,7 +326,7 @@ def _check_images(input_ids: list[int], labels: list[int], images: int, notes: l
         raise TextError("image-tokens-exceed-images", f"{image_tokens} {IMAGE_TEXT} for {images} images")
     if image_tokens < images:
         notes.append("image-tokens-missing")
-    if IMAGE_TOKEN not in labels:
+    if not image_tokens or IMAGE_TOKEN not in labels:
         return labels
     notes.append("image-in-answer")
     return [IGNORE_INDEX if label == IMAGE_TOKEN else label for label in labels]

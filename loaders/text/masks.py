@@ -23,6 +23,7 @@ class Tokenized:
         segments: whose texts are the prompt.
         input_ids: its tokens; of a prompt without images at most `max_length` of them.
         tokenize: tokens of a part of it as a prompt of its own, the start token included.
+        count: how many those are.
         has_images: whether ``<image>`` in it is an image.
         legacy: whether the tokenizer begins the text after a special token as it begins a prompt, with a blank; None where it does not say.
         pad_token_id: not counted.
@@ -32,6 +33,7 @@ class Tokenized:
     segments: Sequence[Segment]
     input_ids: Sequence[int]
     tokenize: Callable[[str], Sequence[int]]
+    count: Callable[[str], int]
     has_images: bool
     legacy: bool | None
     pad_token_id: int
@@ -81,8 +83,8 @@ class RoundMasking:
             halves = part.split(self.answer_start)
             if len(halves) != 2:
                 break
-            whole = len(prompt.tokenize(part))
-            instruction = len(prompt.tokenize(halves[0] + self.answer_start)) - self.overlap
+            whole = prompt.count(part)
+            instruction = prompt.count(halves[0] + self.answer_start) - self.overlap
             if number > 0 and prompt.legacy is not None:
                 later = self.later_if_legacy if prompt.legacy else self.later_unless_legacy
                 whole, instruction = whole + later, instruction + later
@@ -127,10 +129,9 @@ class TurnMasking:
         return labels
 
     def _count(self, prompt: Tokenized, text: str) -> int:
-        tokens = prompt.tokenize(text)
         if prompt.has_images:
-            return len(tokens)
-        tokens = tokens[: prompt.max_length]
+            return prompt.count(text)
+        tokens = prompt.tokenize(text)[: prompt.max_length]
         return len(tokens) - tokens.count(prompt.pad_token_id)
 
 

@@ -96,7 +96,8 @@ def test_words_encoded_one_by_one_are_the_text_encoded_at_once(tmp_path_factory,
     path.write_bytes(model_bytes)
     tokenizer = SentencePieceTokenizer(path)
     assert tokenizer._by_words
-    assert tokenizer._encode_words(text) == tokenizer._processor.encode(text)
+    assert tokenizer._encode_words(text) == tokenizer._encode_at_once(text)
+    assert tokenizer.count(text) == len(tokenizer(text).input_ids)
 
 
 @pytest.mark.parametrize(
