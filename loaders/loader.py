@@ -32,7 +32,7 @@ from loaders.lengths import token_lengths, word_lengths
 from loaders.mixture import Mixture
 from loaders.order import OrderSettings, Shuffle, default_lanes
 from loaders.place import ProcessGroup, place_of
-from loaders.plan import PlannedBatch, Planner
+from loaders.plan import Measure, PlannedBatch, Planner
 from loaders.policy import ErrorPolicy, OnError
 from loaders.report import LoaderReport
 from loaders.slabs import SlabPool
@@ -49,6 +49,7 @@ from loaders.state import (
 )
 from loaders.stats import LoaderStats, StatsRecorder
 from loaders.subset import Split
+from loaders.tiles import count_tiles, ordinary_bytes
 from loaders.worker import Stacks, Watch, start_worker
 from shardify.errors import LoaderError, UsageError
 
@@ -109,7 +110,7 @@ class StreamingLoader:
         pack_tokens: pack samples into rows of at most so many tokens. Default None.
         image_tokens: what an image counts in tokens, such as 576 for LLaVA-1.5. Default 1.
         max_tokens: most tokens of one rank's batch, padding included: its size then varies. Default None.
-        max_tiles: most images of one rank's batch. Default None.
+        max_tiles: most images of one rank's batch, counted as the tiles that they are cut into. Default None.
         plan_window: samples that are grouped or packed together. Default 16,384.
         drop_last: leave out a short last batch instead of filling it up. Default False.
         split: ``"train"`` or ``"validation"``: samples on one side only, by the hashes of their images. Default None, all.
@@ -230,6 +231,12 @@ class StreamingLoader:
             self._lengths = token_lengths(self._dataset, text, image_tokens=image_tokens)
         by_length = max_tiles is not None or group_by in ("length", "modality_length")
         self._length_settings = _length_settings(by_length, text if exact else None, image_tokens)
+        self._measure: Measure = self._lengths.measure
+        if max_tiles is not None and image is not None and image.is_tiled:
+            tiles = count_tiles(self._dataset, image)
+            self._measure = tiles.instead_of_images(self._measure)
+            self._length_settings["tiles"] = image.fingerprint
+        self._max_tiles = max_tiles
         if len(self._dataset) < self.world_size:
             warnings.warn(
                 f"{len(self._dataset)} samples for {self.world_size} ranks: some ranks see fillers alone",
@@ -334,7 +341,7 @@ class StreamingLoader:
         course = self._dataset.course(settings)
         # a batching of its own: it remembers what it has computed, and that is of one order and one mixture
         batching = self._make_batching()
-        return Planner(self._dataset, course, batching, self._lengths.measure, self._seed, self._skip)
+        return Planner(self._dataset, course, batching, self._measure, self._seed, self._skip)
 
     def _shape(self) -> dict[str, Any]:
         """What of this run decides which batch holds what."""
@@ -491,7 +498,14 @@ class StreamingLoader:
             return int(_SLAB_MARGIN * samples * index.size.mean() + index.size.max())
         most = int(index.images.max())
         images = samples if most <= 1 else int(_SLAB_MARGIN * samples * index.images.mean()) + most
-        return int(min(images, samples * most) * math.prod(self._image.shape))
+        images = min(images, samples * most)
+        if not images or not (self._image.is_ragged or self._image.is_tiled):
+            return images * math.prod(self._image.shape) if images else 0
+        mean, largest = ordinary_bytes(self._dataset, self._image)
+        size = int(min(_SLAB_MARGIN * images * mean + largest, images * largest))
+        if self._max_tiles is not None and self._image.is_tiled:
+            size = min(size, self._max_tiles * math.prod(self._image.shape))
+        return size
 
     def _ahead(self) -> int:
         """Batches whose blocks are asked for before they are built: as many as mix the same blocks."""

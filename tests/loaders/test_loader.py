@@ -551,6 +551,7 @@ class DyingImage:
     """Ends its process at the first image."""
 
     shape = (3, 8, 8)
+    is_ragged = is_tiled = False
 
     def prepare(self, data, *, images=1):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -566,6 +567,7 @@ def test_a_dying_worker_is_one_of_our_errors_when_waited_for(plain_data):
 
 class BuggyImage:
     shape = (3, 8, 8)
+    is_ragged = is_tiled = False
 
     def prepare(self, data, *, images=1):
         raise RuntimeError("a bug of the user's")

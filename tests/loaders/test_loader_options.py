@@ -226,6 +226,7 @@ class Hanging:
     """Never returns from the first image."""
 
     shape = (3, 8, 8)
+    is_ragged = is_tiled = False
 
     def prepare(self, data, *, images=1):
         time.sleep(1000)
