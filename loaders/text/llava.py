@@ -161,7 +161,8 @@ class LlavaText:
         self._note_texts(sample, notes)
         turns = template.select(template.place(sample, template.image_text, notes), notes)
         segments = template.layout(template.system, template.roles, turns)
-        _check_unicode(segments)
+        if isinstance(record, Mapping) or not sample.strict:
+            _check_unicode(segments)
 
         cut_images = bool(sample.images) or template.cuts_images
         if self.labels == "reference" and template.masking is not None:
@@ -172,8 +173,10 @@ class LlavaText:
         if len(input_ids) > self.max_length:
             notes.append("text-truncated")
             input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
-        labels = _check_images(input_ids, labels, len(sample.images), notes)
-        if "tokenization-mismatch" not in notes and labels.count(IGNORE_INDEX) == len(labels):
+        _check_images(input_ids, labels, len(sample.images), notes)
+        # mostly the last one is trained on
+        is_masked = labels[-1:] in ([], [IGNORE_INDEX]) and labels.count(IGNORE_INDEX) == len(labels)
+        if is_masked and "tokenization-mismatch" not in notes:
             notes.append("nothing-supervised")
         if self.strict and notes:
             raise TextError(notes[0], f"refused, as strict=True; the notes are {', '.join(notes)}")
@@ -273,8 +276,9 @@ class LlavaText:
             text = turn.text
             if not text:
                 notes.append("empty-turn")
-            if any(marker in text for marker in self._markers):
-                notes.append("marker-in-text")
+            for marker in self._markers:
+                if marker in text:
+                    notes.append("marker-in-text")  # noqa: PERF401 - a comprehension costs more than the few texts with one
             if not sample.images and IMAGE_TEXT in text:
                 notes.append("image-token-in-text")
 
@@ -319,17 +323,19 @@ class LlavaText:
         return "reference"
 
 
-def _check_images(input_ids: list[int], labels: list[int], images: int, notes: list[str]) -> list[int]:
-    """The labels without image tokens; raises TextError when there are more of those than images."""
+def _check_images(input_ids: list[int], labels: list[int], images: int, notes: list[str]) -> None:
+    """Take image tokens out of the labels; raises TextError when there are more of them than images."""
     image_tokens = input_ids.count(IMAGE_TOKEN)
     if image_tokens > images:
         raise TextError("image-tokens-exceed-images", f"{image_tokens} {IMAGE_TEXT} for {images} images")
     if image_tokens < images:
         notes.append("image-tokens-missing")
-    if not image_tokens or IMAGE_TOKEN not in labels:
-        return labels
-    notes.append("image-in-answer")
-    return [IGNORE_INDEX if label == IMAGE_TOKEN else label for label in labels]
+    place = -1
+    for _ in range(image_tokens):
+        place = input_ids.index(IMAGE_TOKEN, place + 1)
+        if labels[place] != IGNORE_INDEX:
+            labels[place] = IGNORE_INDEX
+            notes.append("image-in-answer")
 
 
 def _check_unicode(segments: Sequence[Segment]) -> None:

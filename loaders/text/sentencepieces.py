@@ -18,6 +18,7 @@ MAX_MODEL_BYTES = 256 * 1024 * 1024
 _BLANK = "▁"  # how SentencePiece writes a blank
 _MAX_WORDS = 100_000  # kept with their tokens, about 15 MB
 _LAST = 8  # stretches that are kept with their tokens
+_FIRST = 4096  # first words of stretches
 _INT32 = "i"  # of the array module
 _INT32_BYTES = 4
 _MAX_WORD = 32  # characters; longer ones are hardly ever met again
@@ -90,6 +91,9 @@ class SentencePieceTokenizer:
             text: array(_INT32, [token]).tobytes() for text, token in self._special.items()
         }
         self._by_words = _words_are_apart(processor)
+        self._blank = (
+            " " if self._by_words else _BLANK
+        )  # both are the same there, and a text with the other takes twice the memory
 
     @property
     def fingerprint(self) -> str:
@@ -132,14 +136,20 @@ class SentencePieceTokenizer:
 
     def _encode_words(self, text: str) -> bytes:
         """As encoding the text at once, in a fifth of the time: the words of texts are mostly the same ones."""
-        text = text.replace(_BLANK, " ")
+        if _BLANK in text:
+            text = text.replace(_BLANK, " ")
         # "▁USER: a b" and "USER: a b" shall have the same rest; but a run of blanks belongs to the word behind it
         end = text.find(" ", 0 if text[1:2] == " " else 1)
         if end < 0:
             return self._encode_first(text)
         return self._encode_first(text[:end]) + self._encode_rest(text[end + 1 :])
 
-    def _encode_first(self, text: str) -> bytes:
+    @cached_property
+    def _encode_first(self) -> Callable[[str], bytes]:
+        return lru_cache(maxsize=_FIRST)(self._encode_beginning)
+
+    def _encode_beginning(self, text: str) -> bytes:
+        """Of a text's first word, with or without a blank before it."""
         if text[:1] == " ":
             return self._encode_word(text[1:])
         return self._encode_at_once(text) if text else b""
@@ -168,7 +178,7 @@ class SentencePieceTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # every process loads its own processor, from bytes it already has
-        made = ("_processor", "_encode", "_encode_rest", "_known")
+        made = ("_processor", "_encode", "_encode_rest", "_encode_first", "_known")
         return {name: value for name, value in vars(self).items() if name not in made}
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> Tokens:
@@ -196,7 +206,7 @@ class SentencePieceTokenizer:
                 stretches.append(self._special_bytes[stretch])
                 blank = self.legacy
             elif stretch:
-                stretches.append(self._encode(_BLANK + stretch if blank else stretch))
+                stretches.append(self._encode(self._blank + stretch if blank else stretch))
         return stretches
 
     def decode(self, tokens: Sequence[int]) -> str:
