@@ -142,7 +142,7 @@ _MPT = Template(
         first_parts=3,
         parts=2,
     ),
-    markers=("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
+    markers=("<|im_end|>", "<|im_start|>", "<|endoftext|>", *_LLAMA_TOKENS),
 )
 _CHATML_DIRECT = replace(_MPT, name="chatml_direct", system="<|im_start|>system\nAnswer the questions.")
 
