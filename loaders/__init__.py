@@ -8,10 +8,11 @@ from loaders.loader import StreamingLoader
 from loaders.mixture import Mixture
 from loaders.report import LoaderReport
 from loaders.stats import DeviceStats, LoaderStats
-from loaders.text import LlavaText
+from loaders.text import ChatText, LlavaText
 
 __all__ = [
     "Batch",
+    "ChatText",
     "DevicePrefetcher",
     "DeviceStats",
     "ImageTransform",

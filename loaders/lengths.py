@@ -22,7 +22,7 @@ from loaders.derived import (
     watched,
     write_array,
 )
-from loaders.members import read_contents, read_members_of
+from loaders.members import Members, read_contents, read_members_of
 from shardify.errors import SampleError, UsageError
 from shardify.format.names import RECORD_FIELD
 from shardify.format.shards import ShardFile, local_sidecars
@@ -52,7 +52,7 @@ class CountedText(Protocol):
         ...
 
     def __call__(self, record: bytes | memoryview) -> _Tokens:
-        """A record's tokens; raises TextError or RecordError."""
+        """A record's tokens; raises SampleError. Given `image_sizes`, too, where it has a true attribute `needs_image_sizes`."""
         ...
 
 
@@ -233,16 +233,25 @@ def _count(work: tuple[_Job, str], text: CountedText) -> None:
 
 
 def _count_into(job: _Job, sidecar: str, text: CountedText, folder: str) -> Mapping[str, Any]:
-    members = read_members_of(job.shard, sidecar)
+    count: Any = text
+    sized = getattr(text, "needs_image_sizes", False)
+    members = read_members_of(job.shard, sidecar, ("images",) if sized else ())
     records = members.first_named(RECORD_FIELD)
     if job.rows is not None:
         records = records[np.isin(members.row[records], job.rows)]
     counts = np.full(members.samples, FAILED, np.int32)
     for member, record in read_contents(job.shard, members, records):
+        row = members.row[member]
         try:
-            counts[members.row[member]] = len(text(record).input_ids)
+            result = count(record, image_sizes=_stored_sizes(members, row)) if sized else count(record)
+            counts[row] = len(result.input_ids)
         except SampleError:
             continue
     kept = counts if job.rows is None else counts[job.rows]
     write_array(folder, "tokens", [kept], len(kept), "<i4")
     return {}
+
+
+def _stored_sizes(members: Members, row: int) -> list[tuple[int, int]]:
+    """Height and width of each image of a sample."""
+    return [(image["height"], image["width"]) for image in members.table["images"][row].as_py()]

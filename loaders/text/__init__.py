@@ -1,5 +1,6 @@
 """Conversations to tokens and labels."""
 
+from loaders.text.chat import ChatText
 from loaders.text.json_tokenizer import JsonTokenizer
 from loaders.text.layouts import IMAGE_TEXT
 from loaders.text.llava import IMAGE_TOKEN, LlavaText, TextResult
@@ -14,6 +15,7 @@ __all__ = [
     "IMAGE_TOKEN",
     "TEMPLATES",
     "ByteTokenizer",
+    "ChatText",
     "JsonTokenizer",
     "LlavaText",
     "SentencePieceTokenizer",
