@@ -11,7 +11,7 @@ import numpy.typing as npt
 from loaders.batch import SampleFault
 from loaders.batching import FILLER
 from loaders.dataset import Rows
-from loaders.decode import Picture
+from loaders.decode import Picture, size_of
 from loaders.fetch import LocalFetcher
 from loaders.fits import Layout
 from loaders.slabs import SlabPool
@@ -91,7 +91,11 @@ class Text(Protocol):
         """Names all that decides about its tokens; only needed where tokens are counted beforehand."""
 
     def __call__(self, record: bytes | memoryview | dict[str, Any]) -> TextResult:
-        """A record's tokens and labels; raises TextError or RecordError."""
+        """A record's tokens and labels; raises TextError or RecordError.
+
+        Where it has an attribute `needs_image_sizes` that is true, it is also given `image_sizes=`: (height, width) of each of the
+        sample's images.
+        """
 
 
 class Fetcher(Protocol):
@@ -452,8 +456,13 @@ class BatchBuilder:
             record, work.images = sample.record, list(sample.images)
             if self._text is None:
                 work.record = msgspec.json.encode(record)
-        if self._text is not None:
-            work.text = self._text(record)
+        if self._text is None:
+            return
+        text: Any = self._text
+        if getattr(text, "needs_image_sizes", False):
+            work.text = text(record, image_sizes=[size_of(image) for image in work.images])
+        else:
+            work.text = text(record)
 
     def _add_images(self, built: Built, plan: BatchPlan, works: list[_Work | None]) -> None:
         """Fit all images, one sample after another; a sample whose image fails is taken out of `works`."""

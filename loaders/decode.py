@@ -37,7 +37,8 @@ def pixels_of(picture: Picture) -> Pixels:
     if isinstance(picture, bytes | bytearray | memoryview):
         return decode(picture)
     if isinstance(picture, Image.Image):
-        return np.array(picture.convert("RGB"))
+        with _judged():  # it may be opened only, and not yet decoded
+            return _converted(picture)
     if (
         not isinstance(picture, np.ndarray)
         or picture.dtype != np.uint8
@@ -89,7 +90,8 @@ def size_of(picture: Picture) -> tuple[int, int]:
             pass
         else:
             return height, width
-    with _opened(picture) as image:
+    with _judged(), Image.open(io.BytesIO(picture)) as image:
+        refuse_bomb(image.height, image.width)
         return image.height, image.width
 
 
@@ -117,18 +119,23 @@ def _decode_jpeg(data: bytes | bytearray | memoryview) -> Pixels | None:
 
 
 def _decode_by_pillow(data: bytes | bytearray | memoryview) -> Pixels:
-    with _opened(data) as image:
-        return np.array(image.convert("RGB"))
+    with _judged(), Image.open(io.BytesIO(data)) as image:
+        return _converted(image)
+
+
+def _converted(image: Image.Image) -> Pixels:
+    refuse_bomb(image.height, image.width)
+    if image.format == "EPS":  # Pillow would run Ghostscript on it
+        raise ImageError("image-undecodable", "EPS is a program, not a picture")
+    return np.array(image.convert("RGB"))
 
 
 @contextmanager
-def _opened(data: bytes | bytearray | memoryview) -> Iterator[Image.Image]:
-    """An image that is opened and not yet decoded; whatever goes wrong with it is an ImageError."""
+def _judged() -> Iterator[None]:
+    """Whatever goes wrong with an image is an ImageError, and nothing is warned of."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
-            refuse_bomb(image.height, image.width)
-            _refuse_program(image)
-            yield image
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -137,8 +144,3 @@ def _opened(data: bytes | bytearray | memoryview) -> Iterator[Image.Image]:
         raise ImageError("image-too-large", str(error) or "out of memory") from None
     except Exception as error:  # noqa: BLE001 - damage makes Pillow raise nearly anything: SyntaxError, ...
         raise ImageError("image-undecodable", f"{type(error).__name__}: {error}") from None
-
-
-def _refuse_program(image: Image.Image) -> None:
-    if image.format == "EPS":  # Pillow would run Ghostscript on it
-        raise ImageError("image-undecodable", "EPS is a program, not a picture")

@@ -37,9 +37,9 @@ def to_llava(batch: "Batch") -> dict[str, Any]:
         raise UsageError("to_llava: this batch has no tokens; give the loader text=LlavaText(...)")
     if batch.segment_ids is not None:
         raise UsageError("to_llava: LLaVA's collator does not pack samples; leave out pack_tokens")
-    if batch.image_fit is None or batch.image_fit.is_ragged or getattr(batch.image_fit, "fit", "") == "split":
-        raise UsageError('to_llava: LLaVA\'s fits are "crop", "pad" and "anyres"')
     images = _normalized(batch)
+    if batch.image_fit.is_ragged or getattr(batch.image_fit, "fit", "") == "split":
+        raise UsageError('to_llava: LLaVA\'s fits are "crop", "pad" and "anyres"')
     mask = batch.attention_mask
     if batch.pad_token_id is not None:
         mask = torch.where(batch.valid[:, None], batch.input_ids != batch.pad_token_id, mask)

@@ -1,7 +1,8 @@
 """Geometry of every fit, from the references' rules worked by hand; pixels against Pillow's own resizing."""
 
 import io
-import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from PIL import Image
 from loaders.fits import AnyRes, Native, Split, best_grid, longest_edge, parse_grids
 from loaders.image import CLIP_MEAN, ImageTransform
 from shardify.errors import ImageError, UsageError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from references import anyres_by_pillow
 
 LLAVA_16 = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
 
@@ -119,40 +123,13 @@ def test_tiles_go_row_by_row():
     assert tiles.shape[0] == 7
 
 
-def by_process_anyres_image(pixels: np.ndarray, size: int, grids) -> np.ndarray:
-    """LLaVA-NeXT's steps with Pillow, uint8 [tiles, size, size, 3]."""
-    image = Image.fromarray(pixels)
-    width, height = image.size
-    best, best_rank = None, (0, -math.inf)
-    for grid in grids:
-        scale = min(grid[0] / width, grid[1] / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        rank = (kept, kept - grid[0] * grid[1])
-        if best is None or rank > best_rank:
-            best, best_rank = grid, rank
-    scale_w, scale_h = best[0] / width, best[1] / height
-    if scale_w < scale_h:
-        new = best[0], min(math.ceil(height * scale_w), best[1])
-    else:
-        new = min(math.ceil(width * scale_h), best[0]), best[1]
-    canvas = Image.new("RGB", best)
-    canvas.paste(image.resize(new), ((best[0] - new[0]) // 2, (best[1] - new[1]) // 2))
-    tiles = [image.resize((size, size))]
-    tiles += [
-        canvas.crop((x, y, x + size, y + size))
-        for y in range(0, best[1], size)
-        for x in range(0, best[0], size)
-    ]
-    return np.stack([np.asarray(tile) for tile in tiles])
-
-
 @given(width=st.integers(1, 400), height=st.integers(1, 400), size=st.integers(8, 48), wide=st.integers(1, 4))
 @settings(max_examples=60)
 def test_anyres_is_within_two_of_pillow(width, height, size, wide):
     grids = [(a * size, b * size) for a in range(1, wide + 1) for b in range(1, 4)]
     pixels = picture(width, height)
     ours = ImageTransform(size, fit="anyres", grid_pinpoints=grids)(pixels).permute(0, 2, 3, 1).numpy()
-    expected = by_process_anyres_image(pixels, size, grids)
+    expected = anyres_by_pillow(Image.fromarray(pixels), size, grids)
     assert ours.shape == expected.shape
     assert np.abs(ours.astype(int) - expected).max() <= 2
 
@@ -263,17 +240,23 @@ def test_elongated_pictures_have_no_native_size():
     width=st.integers(1, 3000),
     height=st.integers(1, 3000),
     factor=st.sampled_from([28, 32]),
-    most=st.integers(4, 60),
+    least=st.integers(1, 40),
+    more=st.integers(0, 60),
 )
-def test_native_sizes_are_within_bounds(width, height, factor, most):
-    least = 4 * factor**2
-    fit = Native(factor, least, most * factor**2)
-    if max(width, height) > 200 * min(width, height):
-        return
-    layout = fit.layout(height, width)
-    assert layout.height % factor == layout.width % factor == 0
-    if max(layout.height, layout.width) > factor and min(layout.height, layout.width) > factor:
-        assert least <= layout.height * layout.width <= most * factor**2
+def test_native_sizes_are_those_of_transformers(width, height, factor, least, more):
+    module = pytest.importorskip(
+        "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl", reason="needs transformers 5"
+    )
+    bounds = least * factor**2, (least + more) * factor**2
+    fit = Native(factor, *bounds)
+    try:
+        expected = module.smart_resize(height, width, factor, *bounds)
+    except ValueError:
+        with pytest.raises(ImageError, match="image-elongated"):
+            fit.layout(height, width)
+    else:
+        layout = fit.layout(height, width)
+        assert (layout.height, layout.width) == expected
 
 
 # filters, colours
