@@ -57,12 +57,12 @@ def photos(kind: str) -> tuple[str, list[bytes]]:
     """What they are, and JPEG photographs: as they come ("640x480"), or made smaller, shorter edges of 336 to 400 pixels ("336")."""
     described, pictures = runner.photos()
     if kind == "336":
-        pictures = [_smaller(data, 336 + number % 65) for number, data in enumerate(pictures)]
+        pictures = [smaller(data, 336 + number % 65) for number, data in enumerate(pictures)]
         described += ", shorter edges of 336 to 400 pixels, JPEG quality 85"
     return f"{described}, {sum(map(len, pictures)) / len(pictures) / 1000:.0f} kB on average", pictures
 
 
-def _smaller(data: bytes, shorter: int) -> bytes:
+def smaller(data: bytes, shorter: int) -> bytes:
     with Image.open(io.BytesIO(data)) as image:
         scale = shorter / min(image.size)
         size = [max(shorter, round(side * scale)) for side in image.size]

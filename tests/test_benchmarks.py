@@ -1,6 +1,7 @@
 """The benchmarks run, with tiny numbers: what they measure counts for nothing here."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -81,6 +82,73 @@ def test_measures_of_an_order_that_is_none(benchmarks):
     assert found["batch_neighbours"] == pytest.approx(3 / 63, abs=0.001)
     assert found["chi_square_global_batch"] > 50
     assert found["open_share"] == pytest.approx(512 / 32_768, rel=1e-3)
+
+
+@pytest.fixture
+def small(benchmarks, monkeypatch, tmp_path):
+    """The same for benchmarks in processes of their own, which keep what they derive in `tmp_path`."""
+    from benchmarks import memory, planning, remote, resume
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return {"memory": memory, "planning": planning, "remote": remote, "resume": resume}
+
+
+def test_planning_is_measured(small, monkeypatch, tmp_path):
+    planning = small["planning"]
+    plans = {"plain": (2, {}), "packed": (1, {"pack_tokens": 512, "plan_window": 4096})}
+    monkeypatch.setattr(planning, "PLANS", plans)
+    monkeypatch.setattr(planning, "STRETCH", 10_000)
+    monkeypatch.setattr(planning, "BATCHES", {"by length": {"group_by": "length"}})
+    monkeypatch.setattr(planning, "_in_process", planning.measure)
+    planning.compare(rounds=1)
+    result = json.loads((tmp_path / "planning.json").read_text())
+    assert all(result["plans"][name]["median"]["microseconds"] > 0 for name in plans)
+    assert 0 < result["padding"]["by length"] < 1
+
+
+def test_resuming_is_measured(small, monkeypatch, tmp_path):
+    resume = small["resume"]
+    monkeypatch.setattr(resume, "PLANS", {"packed": resume.PLANS["packed"]})
+    result = resume.compare(rounds=1, shards=4, samples=256)
+    times = result["plans"]["packed"]
+    assert 0 < times["cold"]["without forking"] < times["cold"]["first batch"]
+    assert times["ratio"] > 0
+    assert (tmp_path / "resume.json").exists()
+
+
+def test_every_plan_is_resumed_in_the_middle_of_an_epoch(small, tmp_path):
+    resume = small["resume"]
+    data = resume.write_data_set(
+        tmp_path, [picture(number) for number in range(4)], shards=4, samples=512, side=None
+    )
+    for plan in resume.PLANS:
+        state = resume.middle_of_epoch(plan, data)
+        assert state["epoch"] == 0
+        assert state["samples"] > 512
+        assert resume.measure(plan, data, state)["first batch"] > 0
+
+
+def test_memory_is_measured(small, monkeypatch, tmp_path):
+    memory = small["memory"]
+    monkeypatch.setattr(memory, "PLANS", {"plain": {"batch_size": 64}})
+    # in this process: others take seconds to start
+    monkeypatch.setattr(memory, "in_process", lambda _, *arguments, cache: memory.answer(arguments))
+    result = memory.compare(epochs=3, samples=256, shards=(1, 2), shard_samples=256, batches=2)
+    for found in (result["epochs"]["plain"], result["data sets"]["plain"]):
+        for process in ("main", "worker 0", "worker 1"):
+            assert min(found[process]["before"], found[process]["after"]) > 1e6
+    assert (tmp_path / "memory.json").exists()
+
+
+def test_remote_reading_is_measured(small, tmp_path):
+    remote = small["remote"]
+    try:
+        with remote.slow_server(tmp_path, tmp_path):
+            pass
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    remote.compare(rounds=1, samples=384)
+    assert (tmp_path / "remote.json").exists()
 
 
 @pytest.mark.parametrize("module", MODULES)
