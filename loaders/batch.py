@@ -51,6 +51,7 @@ class Batch:
         position_ids: int64 [B, L] when packed.
         segment_ids: int64 [B, L] when packed.
         pad_token_id: what `input_ids` are padded with. None without `text`.
+        image_token_id: what stands for images among `input_ids`, where the loader's `text` says (`ChatText`).
         images: uint8 [n, 3, H, W], channels last in memory (as decoded; `.contiguous()` reorders), n images of the batch, 0 allowed; with
             tiled fits (``anyres``, ``split``) all tiles of all images, one image after another; with ``native`` flat uint8, one image after
             another as [H, W, 3]; a list of n encoded images when the loader's `image` is None.
@@ -74,6 +75,7 @@ class Batch:
     position_ids: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
     pad_token_id: int | None = None
+    image_token_id: int | None = None
     images: torch.Tensor | list[bytes] | list[memoryview]
     image_samples: torch.Tensor
     image_shapes: torch.Tensor | None = None

@@ -171,6 +171,7 @@ class Built:
     labels: npt.NDArray[np.int32] | None = None
     lengths: IntArray | None = None  # [B], tokens of each row
     texts: IntArray | None = None  # [S], tokens of each sample
+    image_token_id: int | None = None  # what stands for images among them
     notes: list[str] = field(default_factory=list)
     faults: list[SampleFault] = field(default_factory=list)
     excluded: int = 0
@@ -261,6 +262,7 @@ class BatchBuilder:
         else:
             texts = [None if work is None else work.text for work in works]
             _add_texts(built, texts, self._text.pad_token_id)
+            built.image_token_id = getattr(self._text, "image_token_id", None)
         built.faults.sort(key=lambda fault: fault.position)
         built.stats = clock.stop(
             samples=sum(work is not None for work in works),

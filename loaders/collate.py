@@ -46,6 +46,7 @@ def collate(
         records=built.records,
         **_texts(built, packed=packed),
         pad_token_id=pad_token_id,
+        image_token_id=built.image_token_id,
         images=images,
         image_samples=torch.tensor(built.image_samples, dtype=torch.int64),
         **_sizes(built, image),

@@ -88,7 +88,8 @@ def to_hf(batch: "Batch") -> dict[str, Tensor]:
                                              width) before fitting; with `pad_several` batch_num_images int64 [samples that have any]
             split (Idefics3, SmolVLM)        [B, most tiles of a row, 3, S, S], zeros behind a row's own; and pixel_attention_mask int64 [B, most
                                              tiles of a row, S, S], 0 there
-            native (Qwen2-VL)                [patches, 3 * temporal_patch_size * patch_size ** 2]; and image_grid_thw int64 [images, 3]
+            native (Qwen2-VL)                [patches, 3 * temporal_patch_size * patch_size ** 2]; and image_grid_thw int64 [images, 3]; with `ChatText`
+                                             mm_token_type_ids int64 [B, L], 1 where a token stands for images
 
     Images are normalised to float32, unless they are normalised already (by `DevicePrefetcher`, in its type). A batch without any image has none
     of their keys. What text or images the batch does not have is left out.
@@ -111,6 +112,8 @@ def to_hf(batch: "Batch") -> dict[str, Tensor]:
         patches, grid = batch.image_fit.to_patches(batch.images, batch.image_shapes)
         if not patches.is_floating_point():
             patches = _normalized_patches(batch, patches)
+        if batch.input_ids is not None and batch.image_token_id is not None:
+            result["mm_token_type_ids"] = (batch.input_ids == batch.image_token_id).to(torch.int64)
         return result | {"pixel_values": patches, "image_grid_thw": grid}
     images = _normalized(batch)
     if batch.image_tiles is None:

@@ -172,7 +172,7 @@ def idefics3() -> Any:
         size={"longest_edge": 112}, max_image_size={"longest_edge": 28}
     )
     return transformers.Idefics3Processor(
-        images, _idefics_tokenizer(), image_seq_len=5, chat_template=IDEFICS
+        images, _idefics_tokenizer(), image_seq_len=4, chat_template=IDEFICS
     )
 
 
@@ -183,7 +183,7 @@ def smolvlm() -> Any:
     kind = _without_videos("SmolVLMProcessor")
     # its own apply_chat_template asks the video processor for settings
     kind.apply_chat_template = transformers.ProcessorMixin.apply_chat_template
-    return kind(images, _idefics_tokenizer(), video_processor=None, image_seq_len=3, chat_template=IDEFICS)
+    return kind(images, _idefics_tokenizer(), video_processor=None, image_seq_len=4, chat_template=IDEFICS)
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {
@@ -656,7 +656,79 @@ def test_in_the_loader(processor, tmp_path: Path):
     )
     assert batch.input_ids.tolist() == theirs["input_ids"].tolist()
     assert batch.attention_mask.long().tolist() == theirs["attention_mask"].tolist()
-    assert batch.to_hf()["pixel_values"].shape == theirs["pixel_values"].shape
+    ours = batch.to_hf()
+    assert ours["pixel_values"].shape == theirs["pixel_values"].shape
+    if "mm_token_type_ids" in theirs:
+        assert ours["mm_token_type_ids"].tolist() == theirs["mm_token_type_ids"].tolist()
+
+
+def tiny_model(processor: Any) -> Any:
+    """A model of the processor's family, of one layer and random weights."""
+    count, image_token = len(processor.tokenizer), processor.image_token_id
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 1,
+    }
+    language = {"vocab_size": count, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, **small}
+    sight = {**small, "num_hidden_layers": 2, "image_size": 28, "patch_size": 7}
+    kind = type(processor).__name__.removesuffix("Processor")
+    own: dict[str, Any] = {"image_token_id": image_token}
+    if kind == "Llava":
+        vision = transformers.CLIPVisionConfig(**sight | {"image_size": 42, "patch_size": 14})
+    elif kind == "Qwen2VL":
+        vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 1}
+        rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+        language |= {"rope_parameters": rope}
+        for name in ("vision_start", "vision_end", "video"):
+            token = "<|video_pad|>" if name == "video" else f"<|{name}|>"
+            own[f"{name}_token_id"] = processor.tokenizer.convert_tokens_to_ids(token)
+    elif kind in ("Idefics3", "SmolVLM"):
+        # a tile of 4 x 4 patches, of which 2 x 2 become one
+        vision = sight
+        own |= {"scale_factor": 2, "pad_token_id": 2}
+        assert processor.image_seq_len == 4
+    else:
+        tower = transformers.CLIPVisionConfig if kind == "LlavaNext" else transformers.SiglipVisionConfig
+        vision = tower(**sight)
+        own["image_grid_pinpoints"] = processor.image_processor.image_grid_pinpoints
+        if kind == "LlavaOnevision":
+            own["vision_aspect_ratio"] = "anyres_max_4"
+    text = language if kind == "Qwen2VL" else transformers.LlamaConfig(**language)
+    config = getattr(transformers, f"{kind}Config")(vision_config=vision, text_config=text, **own)
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
+def test_a_model_of_the_family_takes_batches(processor, tmp_path: Path):
+    """With one image, none, and several: the model counts features and image tokens itself, and refuses other numbers."""
+    sides = [(32,), (60,), (), (40, 70), (90,)]
+    samples = [
+        (
+            [png(number, side) for side in own],
+            json.dumps(
+                record(
+                    "<image>\n" * len(own) + "What?", f"It is {number}.", image=["a.png"] * len(own) or None
+                )
+            ).encode(),
+        )
+        for number, own in enumerate(sides)
+    ]
+    text = ChatText(processor)
+    loader = StreamingLoader(
+        str(write_tars(tmp_path / "data", samples, [])),
+        batch_size=len(samples),
+        image=ImageTransform.from_processor(processor),
+        text=text,
+        shuffle=None,
+        num_workers=1,
+        rank=0,
+        world_size=1,
+    )
+    (batch,) = list(loader)
+    assert batch.valid.all()
+    assert 0 < tiny_model(processor)(**batch.to_hf()).loss.item() < 20
 
 
 def test_counted_beforehand(qwen, tmp_path: Path, monkeypatch):
