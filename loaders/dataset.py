@@ -31,6 +31,7 @@ from shardify.format.samples import is_compressed
 from shardify.format.shards import ShardFile, ShardSet, open_shards
 
 _NONE: IntArray = np.zeros(0, np.int64)
+_PLACES = _NEIGHBOURS = 64  # what a survey looks at
 _SPARSE = 2  # of so many stored samples fewer than one takes part: blocks are not read as a whole
 
 
@@ -228,6 +229,10 @@ class Dataset:
                 column[here] = getattr(found, name)
         return Rows(**columns)
 
+    def survey(self) -> Rows:
+        """Rows of up to 4,096 samples from all over, to see what is ordinary."""
+        return self.rows(spread(len(self)))
+
     def words_and_images(self, samples: IntArray) -> tuple[IntArray, IntArray]:
         """`Rows.words` and `Rows.images` alone; int64 [n] flat numbers to int64 [n] both."""
         samples = np.asarray(samples, np.int64)
@@ -239,6 +244,12 @@ class Dataset:
             here = np.flatnonzero(part == number)
             words[here], images[here] = table.words_and_images(samples[here] - self.starts[number])
         return words, images
+
+
+def spread(count: int) -> IntArray:
+    """Some of range(count) from all over, int64 [up to 4,096], ascending: neighbours at 64 places, as each place of an index is a read from disk."""
+    places = np.linspace(0, max(count - _NEIGHBOURS, 0), _PLACES).astype(np.int64)
+    return np.unique(np.minimum(places[:, None] + np.arange(_NEIGHBOURS), count - 1)) if count else _NONE
 
 
 class _Table:

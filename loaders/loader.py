@@ -17,7 +17,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -55,7 +54,6 @@ from shardify.errors import LoaderError, UsageError
 
 _SPARE_SLABS = 4  # for batches in the user's hands
 _SLAB_MARGIN = 1.3  # over a batch of ordinary size
-_SURVEYED = 4096  # samples, to see what is ordinary
 _LEAST_AHEAD, _MOST_AHEAD = 16, 1024  # batches
 _LOST_WORKER = "DataLoader worker (pid"  # how torch begins to say that a worker was killed or ended
 
@@ -259,6 +257,11 @@ class StreamingLoader:
         """The epoch of the next batch, from 0."""
         epoch: int = self._state["epoch"]
         return epoch
+
+    @property
+    def samples(self) -> int:
+        """Samples of this epoch, of all ranks."""
+        return self._planner.order(self._state).length
 
     def __len__(self) -> int:
         """Batches left in this epoch, the same on every rank."""
@@ -490,10 +493,9 @@ class StreamingLoader:
         """Bytes for the images of a batch of ordinary size; larger ones overflow."""
         planned = list(islice(self._planner.batches(self._state), self._prefetch))
         samples = max((len(batch.samples) for batch in planned), default=0)
-        count = len(self._dataset)
-        if not samples or not count:
+        if not samples:
             return 0
-        index = self._dataset.rows(np.linspace(0, count - 1, min(count, _SURVEYED)).astype(np.int64))
+        index = self._dataset.survey()
         if self._image is None:
             return int(_SLAB_MARGIN * samples * index.size.mean() + index.size.max())
         most = int(index.images.max())

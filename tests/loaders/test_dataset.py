@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from loaders.dataset import Dataset, Part, open_dataset
+from loaders.dataset import Dataset, Part, open_dataset, spread
 from loaders.mixture import Mixture
 from loaders.order import OrderSettings
 from loaders.subset import Subset
@@ -74,6 +74,20 @@ def test_rows_are_what_the_shards_hold(tmp_path, compress):
     alone = open_dataset(data, block=1).rows(samples)
     assert np.array_equal(alone.extent_begin, alone.offset)
     assert np.array_equal(alone.extent_end, alone.offset + alone.size)
+
+
+@given(st.integers(0, 10_000) | st.integers(0, 10**9))
+def test_a_survey_looks_at_few_places_of_a_large_set_and_at_all_of_a_small_one(count):
+    samples = spread(count)
+    assert np.all(np.diff(samples) > 0)
+    assert len(samples) <= 4096
+    if count <= 4096:
+        assert np.array_equal(samples, np.arange(count))
+    else:
+        assert samples[0] == 0
+        assert samples[-1] == count - 1
+        assert np.count_nonzero(np.diff(samples) > 1) < 64
+        assert np.diff(samples).max() <= count // 63
 
 
 @settings(max_examples=100)
