@@ -50,12 +50,13 @@ lint: $(READY)
 	$(BIN)/mypy
 
 # torch first and alone: a resolver that sees it among others may prefer a build with gigabytes of CUDA;
-# mistral-common without its dependencies: tests read a SentencePiece model that it ships, and import nothing of it
+# mistral-common in a folder of its own: tests read a SentencePiece model that it ships; where it could be imported without all that it
+# depends on, transformers would make no processor
 $(READY): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,demo,ray,aws,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps mistral-common
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/models mistral-common
 	touch $@
 
 clean:

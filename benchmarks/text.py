@@ -9,11 +9,11 @@ conversations of two of them, too. The tokenizer is Llama's where it is there, o
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -79,9 +79,7 @@ def pictured(talks: list[Turns]) -> Turns:
 def sentence_piece() -> SentencePieceTokenizer | None:
     """Llama's tokenizer, or a free one of its kind."""
     places = [REAL / "tokenizers" / "llama2_sp" / "tokenizer.model"]
-    package = importlib.util.find_spec("mistral_common")
-    if package is not None and package.origin:
-        places.append(Path(package.origin).parent / "data" / "tokenizer.model.v1")
+    places.append(Path(sys.prefix, "models", "mistral_common", "data", "tokenizer.model.v1"))
     return next((SentencePieceTokenizer(place) for place in places if place.exists()), None)
 
 

@@ -1,10 +1,10 @@
 """Tokens and labels: against LLaVA's own outputs, against what the spans of a prompt must be, and for input of any oddness."""
 
-import importlib.util
 import io
 import json
 import pickle
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,9 +81,9 @@ def small_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def llama_model(request) -> Path:
     """A SentencePiece model of Llama's kind with a licence that lets anyone have it: Mistral's first."""
-    package = importlib.util.find_spec("mistral_common")
-    if package is not None and package.origin:
-        return Path(package.origin).parent / "data" / "tokenizer.model.v1"
+    package = Path(sys.prefix, "models", "mistral_common")  # where the Makefile keeps it
+    if package.exists():
+        return package / "data" / "tokenizer.model.v1"
     folder: Path = request.getfixturevalue("real_data")
     return folder / "tokenizers" / "mistral_sp" / "tokenizer.model.v1"
 

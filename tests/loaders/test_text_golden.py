@@ -4,8 +4,8 @@ tests/golden/llava_text.json and ../shared/golden/llava_text.json were made by r
 tests/golden/llava_text_chat.json by tests/golden/make_llava_text_chat.py, which works the reference's rules on other kinds.
 """
 
-import importlib.util
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -46,9 +46,9 @@ def check(text: LlavaText, row: dict, conversation: list, images: int) -> None:
 @pytest.fixture(scope="session")
 def mistral_model(request) -> Path:
     """A SentencePiece model of Llama's kind with a licence that lets anyone have it."""
-    package = importlib.util.find_spec("mistral_common")
-    if package is not None and package.origin:
-        return Path(package.origin).parent / "data" / "tokenizer.model.v1"
+    package = Path(sys.prefix, "models", "mistral_common")  # where the Makefile keeps it
+    if package.exists():
+        return package / "data" / "tokenizer.model.v1"
     folder: Path = request.getfixturevalue("real_data")
     return folder / "tokenizers" / "mistral_sp" / "tokenizer.model.v1"
 
