@@ -49,6 +49,7 @@ from loaders.state import (
 from loaders.stats import LoaderStats, StatsRecorder
 from loaders.subset import Split
 from loaders.tiles import count_tiles, ordinary_bytes
+from loaders.unnamed import UnnamedContext
 from loaders.worker import Stacks, Watch, start_worker
 from shardify.errors import LoaderError, UsageError
 
@@ -468,9 +469,9 @@ class StreamingLoader:
         stacks = Stacks(self._num_workers)
         workers: dict[str, Any] = {}
         if self._num_workers:
-            # forked: nothing is pickled or imported again, and no semaphore name is left behind by a kill
+            # forked: nothing is pickled or imported again; unnamed: a kill at any moment leaves no semaphore behind
             workers = {
-                "multiprocessing_context": "fork",
+                "multiprocessing_context": UnnamedContext(),
                 "prefetch_factor": self._prefetch,
                 "worker_init_fn": partial(start_worker, parent=os.getpid(), stacks=stacks),
             }

@@ -1,0 +1,103 @@
+"""What workers and trainer wait for each other with, without names: `multiprocessing`'s own locks are semaphores that have one while they are made.
+
+Who is killed within that moment leaves it behind in /dev/shm. An event descriptor (eventfd) is inherited by fork and goes with the last process that has it.
+"""
+
+import os
+import select
+import time
+from multiprocessing.context import ForkContext
+from pathlib import Path
+from typing import Any
+
+_FLAGS = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+
+
+class UnnamedContext(ForkContext):
+    """Forks, and makes queues and events out of what is below; for `torch.utils.data.DataLoader`."""
+
+    def Lock(self) -> Any:  # noqa: N802 - multiprocessing's names
+        """A lock."""
+        return Semaphore(1)
+
+    def BoundedSemaphore(self, value: int = 1) -> Any:  # noqa: N802
+        """A semaphore, whose bound is not checked."""
+        return Semaphore(value)
+
+    def Event(self) -> Any:  # noqa: N802
+        """A flag, without `clear` and `wait`."""
+        return Flag()
+
+
+class _Descriptor:
+    def __init__(self, value: int, flags: int) -> None:
+        self._file = os.eventfd(value, _FLAGS | flags)
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+
+class Semaphore(_Descriptor):
+    """A counting semaphore, as `multiprocessing.Queue` needs it.
+
+    Args:
+        value: to begin with, below 2**32.
+    """
+
+    def __init__(self, value: int) -> None:
+        super().__init__(value, os.EFD_SEMAPHORE)
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        """Take one; False when there is none, or none within `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + max(timeout, 0.0)
+        poll = None
+        while True:
+            try:
+                os.eventfd_read(self._file)
+            except BlockingIOError:
+                if not block:
+                    return False
+            else:
+                return True
+            if poll is None:
+                poll = select.poll()
+                poll.register(self._file, select.POLLIN)
+            left = None if deadline is None else 1000 * (deadline - time.monotonic())
+            if left is not None and left <= 0:
+                return False
+            poll.poll(left)
+
+    def release(self) -> None:
+        """Give one back."""
+        os.eventfd_write(self._file, 1)
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @property
+    def _semlock(self) -> "Semaphore":
+        return self  # where a queue looks for its length
+
+    def _get_value(self) -> int:
+        lines = Path(f"/proc/self/fdinfo/{self._file}").read_text().splitlines()
+        return next(int(line.split()[1], 16) for line in lines if line.startswith("eventfd-count"))
+
+
+class Flag(_Descriptor):
+    """An event that is set once."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 0)
+
+    def set(self) -> None:
+        """Raise it."""
+        os.eventfd_write(self._file, 1)
+
+    def is_set(self) -> bool:
+        """Whether it is raised."""
+        poll = select.poll()
+        poll.register(self._file, select.POLLIN)
+        return bool(poll.poll(0))
