@@ -189,6 +189,7 @@ class _Work:
     record: bytes = b""
     text: TextResult | None = None
     images: list[Any] = field(default_factory=list)
+    sizes: list[tuple[int, int]] | None = None  # of its images, as the text was told
     spans: list[tuple[int, int]] = field(default_factory=list)  # where the images lie in the memory read into
 
 
@@ -462,7 +463,8 @@ class BatchBuilder:
             return
         text: Any = self._text
         if getattr(text, "needs_image_sizes", False):
-            work.text = text(record, image_sizes=[size_of(image) for image in work.images])
+            work.sizes = [size_of(image) for image in work.images]
+            work.text = text(record, image_sizes=work.sizes)
         else:
             work.text = text(record)
 
@@ -484,7 +486,7 @@ class BatchBuilder:
                 continue
             begin = room.used
             try:
-                fitted = [self._put(room, data, len(work.images)) for data in work.images]
+                fitted = self._put_all(room, work)
             except SampleError as error:
                 room.used = begin
                 built.faults.append(self._fault(plan, work, error))
@@ -497,6 +499,13 @@ class BatchBuilder:
             built.image_spans += [image.span for image in fitted]
         if not room.in_slab:
             built.memory = room.memory[: room.used]
+
+    def _put_all(self, room: "_Room", work: _Work) -> list["_Put"]:
+        """A sample's images into their places."""
+        fitted = [self._put(room, data, len(work.images)) for data in work.images]
+        if self._image is not None and work.sizes not in (None, [image.size for image in fitted]):
+            raise SampleError("image-undecodable", f"other sizes than its headers say: {work.sizes}")
+        return fitted
 
     def _put(self, room: "_Room", data: Picture, images: int) -> "_Put":
         """One image, of a sample of so many, into its place."""

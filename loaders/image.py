@@ -90,7 +90,7 @@ class ImageTransform:
 
     def __post_init__(self) -> None:
         for name in ("size", "patch_size", "merge_size", "temporal_patch_size"):
-            integer(name, getattr(self, name), least=1)
+            object.__setattr__(self, name, integer(name, getattr(self, name), least=1))
         if self.fit not in get_args(Fit):
             raise UsageError(f"no fit {self.fit!r}; there are {', '.join(get_args(Fit))}")
         for name in ("mean", "std"):
@@ -145,7 +145,18 @@ class ImageTransform:
     @property
     def fingerprint(self) -> str:
         """Names what decides about the sizes that come out; tile counts are kept under it."""
-        return f"{_VERSION} {self._alone} {self._among}"
+        names = (
+            "fit",
+            "size",
+            "pad_several",
+            "longest_edge",
+            "min_pixels",
+            "max_pixels",
+            "patch_size",
+            "merge_size",
+        )
+        grids = self._grids() if self.fit == "anyres" else ()
+        return " ".join(str(value) for value in (_VERSION, *(getattr(self, name) for name in names), grids))
 
     def layout(self, height: int, width: int, *, images: int = 1) -> fits.Layout:
         """What a picture of a size becomes: how many tiles, of which size.
@@ -261,6 +272,12 @@ class ImageTransform:
     def _filter(self) -> Resample:
         return self.resample or ("lanczos" if self.fit == "split" else "bicubic")
 
+    def _grids(self) -> tuple[fits.Grid, ...]:
+        if self.grid_pinpoints is None:
+            return tuple((columns * self.size, rows * self.size) for columns, rows in _GRIDS)
+        grids: tuple[fits.Grid, ...] = self.grid_pinpoints
+        return grids
+
     def _mean_colour(self) -> tuple[int, int, int]:
         red, green, blue = (
             int(value * 255) for value in self.mean
@@ -310,10 +327,7 @@ class ImageTransform:
         if self.fit == "squash":
             return fits.Squash(size, resample, self.longest_edge)
         if self.fit == "anyres":
-            grids = self.grid_pinpoints
-            if grids is None:
-                grids = tuple((columns * size, rows * size) for columns, rows in _GRIDS)
-            return fits.AnyRes(size, grids, self.padding, resample)
+            return fits.AnyRes(size, self._grids(), self.padding, resample)
         if self.fit == "split":
             return fits.Split(size, self.longest_edge or 4 * size, resample)
         factor = self.patch_size * self.merge_size

@@ -119,7 +119,10 @@ def ordinary_bytes(dataset: Dataset, image: TiledFit) -> tuple[int, int]:
     shards = [shard for part in dataset.parts for shard in part.shards.shards if not is_url(shard.sidecar)]
     sizes: list[tuple[int, int, int]] = []
     for number in np.linspace(0, len(shards) - 1, min(len(shards), _SURVEYED)).astype(int).tolist():
-        counts, heights, widths = _stored_sizes(shards[number], shards[number].sidecar)
+        try:
+            counts, heights, widths = _stored_sizes(shards[number], shards[number].sidecar)
+        except FormatError:  # batches are made without sidecars, too
+            continue
         several = np.repeat(counts, counts)
         sizes += zip(heights.tolist(), widths.tolist(), several.tolist(), strict=True)
     bytes_of = {size: _layout(image, *size).nbytes for size in {*sizes, (*_ORDINARY, 1)}}

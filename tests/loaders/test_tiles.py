@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -134,9 +135,27 @@ def test_a_fit_without_a_name_is_refused(data):
         count_tiles(open_dataset(data), Nameless())
 
 
+def test_fits_of_the_same_sizes_share_their_counts():
+    assert (
+        ImageTransform(8, fit="anyres", grid_pinpoints=GRIDS, background=(1, 2, 3)).fingerprint
+        == ANYRES.fingerprint
+    )
+    names = {
+        ImageTransform(8, fit="anyres", **options).fingerprint
+        for options in ({}, {"grid_pinpoints": GRIDS}, {"grid_pinpoints": GRIDS, "pad_several": True})
+    }
+    assert len(names) == 3
+    assert NATIVE.fingerprint != ImageTransform(fit="native").fingerprint != SPLIT.fingerprint
+
+
 def test_ordinary_pictures_are_surveyed(data):
     sizes = [ANYRES.layout(*p.shape[:2]).nbytes for number in range(40) for p in pictures(number)]
-    assert ordinary_bytes(open_dataset(data), ANYRES) == (int(np.mean(sizes)), max(sizes))
+    dataset = open_dataset(data)
+    assert ordinary_bytes(dataset, ANYRES) == (int(np.mean(sizes)), max(sizes))
+    for shard in dataset.files:
+        os.unlink(shard.sidecar)
+    mean, most = ordinary_bytes(dataset, ANYRES)  # a guess
+    assert mean == most == 5 * 3 * 8 * 8
 
 
 # batches
@@ -274,6 +293,14 @@ class Sized:
     def __call__(self, record, *, image_sizes):
         tokens = 1 + sum(height * width for height, width in image_sizes)
         return TextResult([1] * tokens, [1] * tokens)
+
+
+def test_pictures_of_other_sizes_than_their_text_was_made_for_are_left_out(data, monkeypatch):
+    monkeypatch.setattr("loaders.build.size_of", lambda image: (7, 7))
+    loader = make(data, ANYRES, text=Sized())
+    left = sorted(int(key) for batch in loader for key in batch.keys if key)
+    assert left == list(range(0, 40, 3))
+    assert set(loader.report().faults) == {"image-undecodable"}
 
 
 def test_texts_may_ask_for_the_sizes_of_images(data):
