@@ -52,6 +52,7 @@ from loaders.tiles import count_tiles, ordinary_bytes
 from loaders.unnamed import UnnamedContext
 from loaders.worker import Stacks, Watch, start_worker
 from shardify.errors import LoaderError, UsageError
+from shardify.format.child import will_fork
 
 _SPARE_SLABS = 4  # for batches in the user's hands
 _SLAB_MARGIN = 1.3  # over a batch of ordinary size
@@ -174,6 +175,7 @@ class StreamingLoader:
         cache_dir: str | os.PathLike[str] | None = None,
         cache_size: int | None = None,
     ) -> None:
+        will_fork()  # also where the rank itself was forked
         self.rank, self.world_size = place_of(rank, world_size, process_group)
         self._num_workers = integer("num_workers", num_workers, least=0)
         self._prefetch = integer("prefetch", prefetch, least=1)

@@ -30,6 +30,12 @@ def stay() -> None:
     _home = 0
 
 
+def will_fork() -> None:
+    """Say that this process is going to fork, though it was forked itself after this module was imported, as launchers in notebooks do."""
+    global _home  # noqa: PLW0603 - what this process is going to do
+    _home = os.getpid()
+
+
 def may_fork() -> bool:
     """Whether this process must leave such work to a child."""
     return os.getpid() == _home
