@@ -3,19 +3,23 @@
     torchrun --nproc-per-node 2 train.py --shards 'data/{000..007}.tar' --checkpoint-dir checkpoints
 
 The same command again, with any number of processes, continues from the newest checkpoint: an epoch still has every sample once. The
-default model, ``tiny``, is made from a configuration and needs no download.
+default model, ``tiny``, is made from a configuration and needs no download. docs/training.md has every option, and LLaVA's own.
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
@@ -24,22 +28,40 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_shares
+from torch.distributed.checkpoint.state_dict_saver import save as save_shares
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils.hub import cached_file
 
-from loaders import Batch, ImageTransform, LlavaText, StreamingLoader
+from loaders import Batch, DevicePrefetcher, ImageTransform, LlavaText, StreamingLoader
 from loaders.text import IGNORE_INDEX, IMAGE_TOKEN, ByteTokenizer, Tokenizer
 from shardify.errors import ShardifyError, StateError, UsageError
 
-TINY_LEARNING_RATE = 3e-3
-WARM_UP = 0.03  # of all samples; then a cosine down to nothing
+WARM_UP = 0.03  # of the run; then a cosine down to nothing
 MAX_GRADIENT_NORM = 1.0
 CHECKPOINTS_KEPT = 2
-CHECKPOINT_PARTS = ("step", "parameters", "optimizer", "loader")
+TRAINED_ALONE = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is frozen comes from --model
 SECONDS_BETWEEN_LINES = 5.0  # of progress, where there is no terminal for a bar
+PREPROCESSING = (  # files of a model that are exported as they are
+    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
+    "chat_template.json chat_template.jinja processor_config.json preprocessor_config.json"
+)
+Split = Literal["train", "validation"] | None
+GROUPS = ("none", "modality", "length", "modality_length")
 
 
 class CheckpointError(ShardifyError):
@@ -48,18 +70,23 @@ class CheckpointError(ShardifyError):
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What sets one of LLaVA-1.5's two stages apart."""
+    """What sets one of LLaVA-1.5's two stages apart: its published settings (haotian-liu/LLaVA, scripts/v1_5)."""
 
     template: str
     fit: Literal["crop", "pad"]
     learning_rate: float
+    global_batch: int
+    group_by: str
     trains: tuple[str, ...]  # parts of the model; all else is frozen
 
 
 STAGES = {
-    "pretrain": Stage("plain", "crop", 1e-3, ("multi_modal_projector",)),
-    "finetune": Stage("v1", "pad", 2e-5, ("multi_modal_projector", "language_model", "lm_head")),
+    "pretrain": Stage("plain", "crop", 1e-3, 256, "none", ("multi_modal_projector",)),
+    "finetune": Stage(
+        "v1", "pad", 2e-5, 128, "modality_length", ("multi_modal_projector", "language_model", "lm_head")
+    ),
 }
+TINY: dict[str, Any] = {"learning_rate": 3e-3, "global_batch": 32}  # instead, for the tiny model
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -67,41 +94,56 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train LLaVA on shards.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add = parser.add_argument
-    add("--shards", nargs="+", required=True, help="a pattern ('data/{000..007}.tar'), a folder, or tars")
-    add("--stage", choices=STAGES, default="finetune", help="train the projector; or the language model, too")
+    positive = _checked(int, lambda number: number > 0, "positive")
+    rate = _checked(float, lambda number: 0 < number < math.inf, "a positive number")
+    share = _checked(float, lambda number: 0 <= number < 1, "a share, from 0 to below 1")
+    add = parser.add_argument_group("what is trained").add_argument
     add("--model", default="tiny", help="tiny, or the name or path of a LLaVA model that transformers loads")
-    add("--batch-size", type=_positive, default=16, help="samples per process and step")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=_positive, default=3, help="passes over the data")
-    length.add_argument("--steps", type=_positive, help="steps, instead of --epochs")
-    add(
-        "--lr",
-        type=_positive_float,
-        help=f"its peak; None: pretrain 1e-3, finetune 2e-5, tiny {TINY_LEARNING_RATE}",
-    )
-    add("--max-length", type=_positive, default=2048, help="tokens of a sample, those of its images included")
-    add("--checkpoint-dir", type=Path, help="where checkpoints go; the newest one there is continued from")
-    add("--save-every", type=_positive, default=500, help="steps between checkpoints")
-    add("--num-workers", type=int, default=2, help="processes that load data for each training process")
-    add("--bf16", action="store_true", help="compute in bfloat16")
-    add("--trace", type=Path, metavar="DIR", help="write what each step trains on to DIR/rank*.jsonl")
+    add("--stage", choices=STAGES, default="finetune", help="train the projector; or the language model, too")
+    add("--export", type=Path, metavar="DIR", help="write the trained model there, for from_pretrained")
     add("--seed", type=int, default=0, help="of the order of samples, and of the tiny model")
+    add = parser.add_argument_group("on what").add_argument
+    add("--shards", nargs="+", required=True, help="a pattern ('data/{000..007}.tar'), a folder, or tars")
+    add("--max-length", type=positive, default=2048, help="tokens of a sample, those of its images included")
+    add("--group-by", choices=GROUPS, help="what a step's samples share; None: finetune modality_length")
+    add("--pack-tokens", type=positive, metavar="N", help="several samples in a row of at most N tokens")
+    add("--exclude", metavar="FILE", help="ids, URLs and image hashes of samples to leave out")
+    add("--skip", nargs="+", type=_stretch, default=[], metavar="FROM:TO", help="steps to leave out, not TO")
+    add("--max-errors", type=rate, help="end the run beyond so many bad samples; below 1, a share")
+    add("--num-workers", type=int, default=4, help="processes that load data for each training process")
+    add = parser.add_argument_group("how").add_argument
+    size = "samples (packed: rows) per process and pass; None: what makes 256 a step, finetune 128, tiny 32"
+    add("--batch-size", type=positive, help=size)
+    add("--accumulate", type=positive, default=1, help="passes in a step")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive, default=1, help="passes over the data")
+    length.add_argument("--steps", type=positive, help="steps, instead of --epochs")
+    add("--lr", type=rate, help="its peak; None: pretrain 1e-3, finetune 2e-5, tiny 3e-3")
+    add("--bf16", action="store_true", help="compute in bfloat16")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
+    add("--fsdp", action="store_true", help="share parameters and optimizer out over the processes")
+    add = parser.add_argument_group("what is kept and told").add_argument
+    add("--checkpoint-dir", type=Path, help="where checkpoints go; the newest one there is continued from")
+    add("--save-every", type=positive, default=500, help="steps between checkpoints")
+    add("--validation", type=share, default=0.0, metavar="SHARE", help="of the samples, held out")
+    add("--eval-every", type=positive, default=500, help="steps between losses over what is held out")
+    add("--log", choices=["tensorboard", "wandb"], help="where scalars go")
+    add("--trace", type=Path, metavar="DIR", help="write what each step trains on to DIR/rank*.jsonl")
     return parser.parse_args(arguments)
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
+def _checked(kind: Callable[[str], Any], fits: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        if not fits(value := kind(text)):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+
     return number
 
 
-def _positive_float(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+def _stretch(text: str) -> tuple[int, int]:
+    begin, _, end = text.partition(":")
+    return int(begin), int(end)
 
 
 def model_config(name: str) -> Any:
@@ -143,7 +185,7 @@ def build_model(name: str, config: Any, stage: Stage, seed: int) -> Any:
     model = llava(config) if name == "tiny" else _pretrained(llava.from_pretrained, name, dtype=torch.float32)
     for path, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in stage.trains for part in path.split(".")))
-    return model
+    return model.train()
 
 
 def _pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any:
@@ -154,99 +196,192 @@ def _pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any:
 
 
 class SummedLoss(nn.Module):
-    """A LLaVA model and its loss, which DistributedDataParallel wraps as one."""
+    """A LLaVA model and its loss, which DistributedDataParallel or FSDP wraps as one."""
 
     def __init__(self, llava: Any) -> None:
         super().__init__()
         self.llava = llava
 
-    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, images: Tensor) -> Tensor:
-        """Cross-entropy summed over the tokens that are trained on; shapes as in `Inputs`, images float [n, 3, S, S]."""
-        logits = self.llava(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            pixel_values=images if len(images) else None,
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        images: Tensor,
+    ) -> Tensor:
+        """Cross-entropy summed over the tokens that are trained on; shapes as in `Batch`, images float [n, 3, S, S].
+
+        With positions, which begin anew with each sample of a row, a token attends to its own sample alone.
+        """
+        embedded = self.llava.get_input_embeddings()(input_ids)
+        if len(images):
+            is_image = (input_ids == self.llava.config.image_token_id)[..., None]
+            embedded = embedded.masked_scatter(is_image, self.image_features(images).to(embedded.dtype))
+        else:  # a gradient of nought: ranks wait for each other's parameters and gradients
+            embedded = embedded + 0.0 * self.image_features(images.new_zeros(1, *images.shape[1:])).sum()
+        hidden = self.llava.model(
+            inputs_embeds=embedded,
+            attention_mask=attention_mask if position_ids is None else None,
+            position_ids=position_ids,
             use_cache=False,
-        ).logits
+        ).last_hidden_state
         trained = labels[:, 1:] != IGNORE_INDEX  # a token is predicted from those before it
-        loss = cross_entropy(logits[:, :-1][trained].float(), labels[:, 1:][trained], reduction="sum")
-        if len(images) == 0:  # a gradient of nought: ranks wait for each other's gradients of every parameter
-            loss = loss + 0.0 * self.image_features(images.new_zeros(1, *images.shape[1:])).sum()
-        return loss
+        logits = self.llava.lm_head(hidden[:, :-1][trained])
+        return cross_entropy(logits.float(), labels[:, 1:][trained], reduction="sum")
 
     def image_features(self, images: Tensor) -> Tensor:
         """What the language model sees of images: float [n, tokens of an image, hidden size]."""
         return torch.stack(list(self.llava.get_image_features(images, return_dict=True).pooler_output))
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """The text of a batch as transformers' model wants it, and which of the batch's images it refers to."""
-
-    input_ids: Tensor  # int64 [B, L], an image token for each feature of an image
-    labels: Tensor  # int64 [B, L], -100 where nothing is trained on
-    attention_mask: Tensor  # bool [B, L]
-    images: Tensor  # int64 [n], in the order of their tokens
-
-    def supervised(self) -> Tensor:
-        """Tokens of each row that are trained on: int64 [B]."""
-        return (self.labels[:, 1:] != IGNORE_INDEX).sum(1)
+def count_image_tokens(config: Any, image: ImageTransform) -> int:
+    """What an image counts in tokens, found without a model's memory or computing."""
+    with torch.device("meta"):
+        model = SummedLoss(transformers.LlavaForConditionalGeneration(config))
+        return model.image_features(torch.zeros(1, *image.shape)).shape[1]
 
 
-def expand(batch: Batch, *, image_token: int, tokens_per_image: int, max_length: int) -> Inputs:
+def share_out(
+    model: SummedLoss, device: torch.device, *, fsdp: bool, bf16: bool
+) -> DistributedDataParallel | FSDPModule:
+    """The model on all ranks: copies that average their gradients, or, with `fsdp`, shares of one."""
+    if not fsdp:
+        device_ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(model.to(device), device_ids=device_ids, gradient_as_bucket_view=True)
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in model.modules():
+        if type(module).__name__.endswith("Layer"):  # of the language model, and of the vision tower
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+    return fully_shard(model, mesh=mesh, mp_policy=precision)
+
+
+def expand(batch: Batch, *, image_token: int, tokens_per_image: int, max_length: int) -> Batch:
     """Replace each -200 by as many image tokens as an image has features.
 
         tokens of a row     images     with 3 features an image
         1 -200 7 8          a          1 I I I 7 8               a
         1 -200 9            b c        1 I I I 9 padding         b; no token asks for c
 
-    A row longer than `max_length` is cut there, or before the image that this would cut in two; images behind the cut are left out.
+    A sample longer than `max_length` is cut there, or before the image that this would cut in two; images behind the cut are left out.
     """
     assert batch.input_ids is not None
     assert batch.labels is not None
     assert batch.attention_mask is not None
-    rows, images = [], []
-    for row, columns in enumerate(zip(batch.input_ids, batch.labels, batch.attention_mask, strict=True)):
-        is_image = columns[0] == IMAGE_TOKEN
+    assert isinstance(batch.images, Tensor)
+    packed = batch.segment_ids is not None
+    segments = batch.attention_mask.long() if batch.segment_ids is None else batch.segment_ids
+    rows, wanted = [], []
+    for row, columns in enumerate(
+        zip(batch.input_ids, batch.labels, batch.attention_mask, segments, strict=True)
+    ):
+        is_image, begins = columns[0] == IMAGE_TOKEN, _begins(columns[3])
         repeats = torch.where(is_image, tokens_per_image, 1)
-        kept = repeats.cumsum(0) <= max_length
+        ends = repeats.cumsum(0)
+        kept = ends - torch.where(begins, ends - repeats, 0).cummax(0).values <= max_length
         rows.append([column[kept].repeat_interleave(repeats[kept]) for column in columns])
-        images.append((batch.image_samples == row).nonzero().flatten()[: int((is_image & kept).sum())])
-    input_ids, labels, attention_mask = (
+        samples = (batch.valid & (batch.rows == row)).nonzero().flatten().tolist()
+        asked = columns[3][kept & is_image].bincount(minlength=len(samples) + 1)
+        for sample, count in zip(samples, asked[1:].tolist(), strict=True):
+            wanted.append((batch.image_samples == sample).nonzero().flatten()[:count])
+    input_ids, labels, attention_mask, segments = (
         pad_sequence(list(column), batch_first=True, padding_value=padding)
-        for column, padding in zip(zip(*rows, strict=True), (0, IGNORE_INDEX, False), strict=True)
+        for column, padding in zip(zip(*rows, strict=True), (0, IGNORE_INDEX, False, 0), strict=True)
     )
     # where a text without image says "<image>", a tokenizer that has this token writes it; the model would look for an image
-    written = input_ids == image_token
-    labels[written | (input_ids == IMAGE_TOKEN)] = IGNORE_INDEX
+    written, begins = input_ids == image_token, _begins(segments)
+    labels[written | begins | (input_ids == IMAGE_TOKEN)] = (
+        IGNORE_INDEX  # nor is a sample foretold by the one before
+    )
     input_ids[written] = 0
     input_ids[input_ids == IMAGE_TOKEN] = image_token
     length = int(attention_mask.any(0).nonzero().max()) + 1  # rows that grew may not have been the longest
-    return Inputs(
-        input_ids[:, :length], labels[:, :length], attention_mask[:, :length], images=torch.cat(images)
+    places = torch.arange(segments.shape[1]).expand_as(segments)
+    positions = places - torch.where(begins, places, 0).cummax(1).values
+    images = torch.cat(wanted) if wanted else torch.empty(0, dtype=torch.int64)
+    every = len(images) == len(batch.images)
+    return replace(
+        batch,
+        input_ids=input_ids[:, :length],
+        labels=labels[:, :length],
+        attention_mask=attention_mask[:, :length],
+        position_ids=positions[:, :length] if packed else None,
+        segment_ids=segments[:, :length] if packed else None,
+        images=batch.images if every else batch.images[images],
+        image_samples=batch.image_samples if every else batch.image_samples[images],
     )
 
 
-def step_loss(
-    model: nn.Module, batch: Batch, inputs: Inputs, image: ImageTransform, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The loss of a step over all ranks: what to call `backward` on, and its value, the mean over the tokens of all ranks.
+def _begins(segments: Tensor) -> Tensor:
+    """Where samples, and the padding, begin: bool [..., L]."""
+    return segments.diff(prepend=segments.new_full((*segments.shape[:-1], 1), -1)) != 0
 
-    DistributedDataParallel averages the gradients of the ranks. The sum over a rank's own tokens, times the world size, divided by the
-    tokens of all ranks, averages to the mean over all tokens, whichever rank has them: fillers, padding, lengths change nothing.
-    """
-    images = batch.to(device).images
-    assert isinstance(images, Tensor)
-    loss = model(
-        inputs.input_ids.to(device),
-        inputs.labels.to(device),
-        inputs.attention_mask.to(device),
-        image.normalize(images[inputs.images.to(device)], torch.float32),
-    )
-    total, tokens = totals = torch.stack([loss.detach(), inputs.supervised().sum().to(loss)]).double()
+
+def supervised(batch: Batch) -> Tensor:
+    """Tokens that are trained on: int64 []."""
+    assert batch.labels is not None
+    return (batch.labels[:, 1:] != IGNORE_INDEX).sum()
+
+
+def passes(batch: Batch, count: int) -> Iterator[tuple[Any, ...]]:
+    """A batch as `count` runs of neighbouring rows, as `SummedLoss` takes them; fewer when it has fewer rows."""
+    assert batch.input_ids is not None
+    assert isinstance(batch.images, Tensor)
+    image_rows = batch.rows[batch.image_samples]
+    for rows in torch.arange(len(batch.input_ids), device=batch.input_ids.device).chunk(count):
+        columns = (batch.input_ids, batch.labels, batch.attention_mask, batch.position_ids)
+        images = (
+            batch.images[(image_rows >= rows[0]) & (image_rows <= rows[-1])] if count > 1 else batch.images
+        )
+        yield *(None if column is None else column[rows] for column in columns), images
+
+
+def summed_over_ranks(*values: Tensor) -> list[Tensor]:
+    """Each value's sum over all ranks, float64."""
+    totals = torch.stack([value.detach().double() for value in values])
     dist.all_reduce(totals)
-    tokens.clamp_(min=1)
-    return loss * (dist.get_world_size() / tokens), total / tokens
+    return list(totals)
+
+
+def train_step(model: Any, batch: Batch, *, accumulate: int = 1, bf16: bool = False) -> Tensor:
+    """Add a step's gradients, of all ranks and passes; its loss, the mean over the tokens of all of them.
+
+    The gradients of the ranks are averaged. The sum over a pass's own tokens, times the world size, divided by the tokens of the whole step,
+    adds up to the mean over all tokens, whoever has them: fillers, padding, lengths change nothing.
+    """
+    (tokens,) = summed_over_ranks(supervised(batch))
+    scale = dist.get_world_size() / tokens.clamp(min=1)
+    inputs = list(passes(batch, accumulate))
+    total = torch.zeros_like(tokens)
+    for number, values in enumerate(inputs, 1):
+        with _gradients_meet(model, number == len(inputs)):
+            with torch.autocast(values[0].device.type, torch.bfloat16, enabled=bf16):
+                loss = model(*values) * scale
+            loss.backward()
+        total += loss.detach()
+    return summed_over_ranks(total)[0] / dist.get_world_size()
+
+
+def _gradients_meet(model: Any, now: bool) -> AbstractContextManager[Any]:
+    """Whether the ranks exchange gradients in the next backward: once a step suffices."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+    return nullcontext() if now or isinstance(model, FSDPModule) else model.no_sync()
+
+
+@torch.no_grad()
+def evaluate(model: Any, batches: DevicePrefetcher, *, accumulate: int = 1, bf16: bool = False) -> float:
+    """The loss over all that is held out, each sample once; the mean over its tokens."""
+    losses = tokens = torch.zeros((), dtype=torch.float64, device=batches.device)
+    for batch in batches:
+        tokens = tokens + supervised(batch)
+        for values in passes(batch, accumulate):
+            with torch.autocast(values[0].device.type, torch.bfloat16, enabled=bf16):
+                losses = losses + model(*values)
+    batches.close()
+    losses, tokens = summed_over_ranks(losses, tokens)
+    return (losses / tokens).item()
 
 
 def learning_rate(peak: float, progress: float) -> float:
@@ -254,11 +389,6 @@ def learning_rate(peak: float, progress: float) -> float:
     if progress < WARM_UP:
         return peak * progress / WARM_UP
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
-
-
-def samples_seen(state: dict[str, Any]) -> int:
-    """Samples of all epochs up to a state of the loader."""
-    return int(state["samples"])
 
 
 def require_writable(folder: Path, option: str) -> None:
@@ -275,111 +405,190 @@ def require_writable(folder: Path, option: str) -> None:
         raise UsageError(f"{option} {folder}: cannot be written to: {error.strerror}") from error
 
 
-def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint, whole or, when killed meanwhile, not at all; drop the oldest.
+def save_checkpoint(
+    folder: Path, llava: Any, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
+) -> None:
+    """Write a checkpoint, every rank its share, whole or, when killed meanwhile, not at all; drop the oldest.
+
+        step-000000500/state.json     the facts: the loader's state among them, see docs/explain.md
+                       .metadata, *.distcp     torch.distributed.checkpoint: what is trained, and its optimizer
 
     Raises:
         CheckpointError: it cannot be written, the disk being full, say.
     """
-    path = folder / f"step-{content['step']:09d}.pt"
+    path, unfinished = folder / f"step-{facts['step']:09d}", folder / "unfinished"
+    first = not dist.is_initialized() or dist.get_rank() == 0
     try:
-        with (folder / "unfinished.tmp").open("wb") as file:
-            torch.save(content, file)
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)  # what a kill has left
+        model, moments = get_state_dict(llava, optimizer, options=TRAINED_ALONE)
+        written = save_shares({"model": model, "optimizer": moments}, checkpoint_id=unfinished)
+        if not first:
+            return
+        parts = {part.relative_path for part in written.storage_data.values()}
+        if missing := sorted(part for part in parts if not (unfinished / part).exists()):
+            raise CheckpointError(f"{path}: {missing[0]} is not there; do all processes see this folder?")
+        with (unfinished / "state.json").open("w") as file:
+            json.dump(facts, file)
             file.flush()
             os.fsync(file.fileno())
-        os.rename(file.name, path)
-        directory = os.open(folder, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
-        for old in sorted(folder.glob("step-*.pt"))[:-CHECKPOINTS_KEPT]:
-            old.unlink()
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        os.rename(unfinished, path)
+        for changed in (path, folder):
+            directory = os.open(changed, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+        for old in sorted(folder.glob("step-*"))[:-CHECKPOINTS_KEPT]:
+            shutil.rmtree(old)
+    except (OSError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
-def load_checkpoint(folder: Path, identity: dict[str, str]) -> dict[str, Any] | None:
-    """The newest checkpoint in a folder that all ranks see, if there is one; it must be of this model and stage."""
-    newest = max(folder.glob("step-*.pt"), default=None)
+def newest_checkpoint(folder: Path, identity: dict[str, str]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint in a folder that all ranks see, if there is one, and its facts; it must be of this model and stage.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none of this run's.
+    """
+    newest = max(folder.glob("step-*"), default=None)
     if newest is None:
         return None
     try:
-        content: dict[str, Any] = torch.load(newest, map_location="cpu", weights_only=True)
-        missing = [name for name in (*identity, *CHECKPOINT_PARTS) if name not in content]
-    except Exception as error:
-        raise CheckpointError(
-            f"{newest} cannot be read ({type(error).__name__}: {error}); delete it to continue from the one before"
-        ) from error
+        facts = json.loads((newest / "state.json").read_text())
+        missing = [name for name in (*identity, "step", "loader") if name not in facts]
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(newest, error) from error
     if missing:
         raise CheckpointError(f"{newest} is no checkpoint of train.py: {', '.join(missing)} missing")
     for name, value in identity.items():
-        if content[name] != value:
+        if facts[name] != value:
             raise CheckpointError(
-                f"{newest} has --{name} {content[name]}, not {value}; choose another --checkpoint-dir"
+                f"{newest} has --{name} {facts[name]}, not {value}; choose another --checkpoint-dir"
             )
-    return content
+    return newest, facts
 
 
-def require_agreement(loader: StreamingLoader, step: int) -> None:
+def load_checkpoint(path: Path, llava: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Continue with what was trained, on any number of ranks, shared out or not.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    model, moments = get_state_dict(llava, optimizer, options=TRAINED_ALONE)
+    try:
+        load_shares({"model": model, "optimizer": moments}, checkpoint_id=path)
+    except (Exception, CheckpointException) as error:
+        raise _unreadable(path, error) from error
+    set_state_dict(llava, optimizer, model_state_dict=model, optim_state_dict=moments, options=TRAINED_ALONE)
+
+
+def _unreadable(path: Path, error: BaseException) -> CheckpointError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of torch's, a traceback as text
+    return CheckpointError(f"{path} cannot be read ({reason}); delete it to continue from the one before")
+
+
+def export(folder: Path, name: str, llava: Any) -> None:
+    """Write a model as `from_pretrained` loads it, in its own dtype, with what its texts and images were prepared by."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Any] = get_model_state_dict(llava, options=options)  # of all ranks' shares
+    if dist.get_rank() != 0:
+        return
+    dtype = llava.config.dtype or torch.float32
+    llava.save_pretrained(folder, state_dict={path: weight.to(dtype) for path, weight in weights.items()})
+    for file in PREPROCESSING.split() if name != "tiny" else ():
+        try:
+            shutil.copy(str(cached_file(name, file)), folder)
+        except OSError:  # which says that the model has no such file
+            continue
+
+
+def require_agreement(loader: StreamingLoader) -> None:
     """All ranks must begin at the same step, over the same shards: else they would repeat data, and wait for each other for ever.
 
     Raises:
         StateError: they do not, with what each rank has.
     """
     ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (step, len(loader), loader.state_dict()))
+    dist.all_gather_object(ranks, (len(loader), loader.state_dict()))
     if any(rank != ranks[0] for rank in ranks):
         told = "; ".join(
-            f"rank {rank} is at step {at}, with {left} batches left of {state['fingerprint']['samples']} samples"
+            f"rank {rank} is at step {state['step']}, with {left} batches left of {state['fingerprint']['samples']} samples"
             f" in {state['fingerprint']['shards']} shards ({state['fingerprint']['digest'][:8]})"
-            for rank, (at, left, state) in enumerate(ranks)
+            for rank, (left, state) in enumerate(ranks)
         )
         raise StateError(f"the ranks do not see the same shards and checkpoints: {told}")
 
 
-def write_trace(folder: Path, batch: Batch, inputs: Inputs, **where: int) -> None:
-    """A line for one step of this rank: its valid samples, and how many tokens of each are trained on."""
+def write_trace(folder: Path, batch: Batch, loss: float, **where: int) -> None:
+    """A line for one step: the valid samples of this rank, its tokens that are trained on, and the loss of all ranks."""
     valid = batch.valid.nonzero().flatten().tolist()
     line = where | {
         "positions": batch.positions[valid].tolist(),
         "keys": [batch.keys[sample] for sample in valid],
-        "supervised": inputs.supervised()[valid].tolist(),
+        "supervised": int(supervised(batch)),
+        "loss": loss,
     }
     with (folder / f"rank{dist.get_rank()}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
+def open_log(name: str | None, settings: dict[str, Any]) -> Callable[[dict[str, float], int], Any]:
+    """What takes scalars and their step: TensorBoard's writer or wandb on rank 0, nothing elsewhere.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    if name is None:
+        return lambda scalars, step: None  # noqa: ARG005 - as the others
+    try:
+        module: Any = importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
+    except ImportError as error:
+        raise UsageError(f"--log {name}: it is not installed; pip install {name}") from error
+    if dist.get_rank() != 0:
+        return lambda scalars, step: None  # noqa: ARG005
+    if name == "wandb":
+        run = module.init(config={key: str(value) for key, value in settings.items()})
+        return lambda scalars, step: run.log(scalars, step=step)
+    writer = module.SummaryWriter()
+
+    def write(scalars: dict[str, float], step: int) -> None:
+        for key, value in scalars.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return write
+
+
 class Progress:
     """What rank 0 tells of a run: a bar, or lines where there is no terminal, and a summary."""
 
-    def __init__(self, seen: int, total: int) -> None:
+    def __init__(self, loader: StreamingLoader, batches: DevicePrefetcher, seen: int, done: float) -> None:
         self._shown = dist.get_rank() == 0
+        self._loader, self._batches = loader, batches
         bar = self._shown and sys.stderr.isatty()
-        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self._bar = tqdm(initial=seen, total=total, bar_format=form, disable=not bar)
+        form = "{percentage:.1f} %|{bar}| {elapsed}<{remaining}{postfix}"
+        self._bar = tqdm(initial=done, total=1.0, bar_format=form, disable=not bar)
+        self._done = done
         self._first = self._seen = seen
         self._losses: list[float] = []
-        self._waited = 0.0
         self._began = self._told = time.perf_counter()
 
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time until each is there is time spent waiting for data."""
-        self._began = asked = time.perf_counter()
-        for batch in batches:
-            self._waited += time.perf_counter() - asked
-            yield batch
-            asked = time.perf_counter()
-
-    def step(self, step: int, seen: int, loss: float) -> None:
-        """A step is done, the run's `step`-th."""
+    def step(self, state: dict[str, Any], done: float, loss: float) -> None:
+        """A step is done, and with it this share of the run."""
         self._losses.append(loss)
-        self._seen, more = seen, seen - self._seen
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {self._pace()}", refresh=False)
+        self._seen, self._done, more = state["samples"], done, done - self._done
+        told = f"step {state['step']}, loss {loss:.3f}, {self._pace()}; loader {self._loader.stats().line()}"
+        self._bar.set_postfix_str(told, refresh=False)
         self._bar.update(more)
         if self._bar.disable and time.perf_counter() - self._told > SECONDS_BETWEEN_LINES:
             self._told = time.perf_counter()
-            self.say(f"step {step}: {seen} of {self._bar.total} samples, loss {loss:.3f}, {self._pace()}")
+            self.say(f"{done:.1%}: {told}")
 
-    def close(self, loader: StreamingLoader) -> None:
+    def scalars(self, loss: float, rate: float, norm: float) -> dict[str, float]:
+        """What is logged of a step."""
+        own = {"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": norm}
+        return own | self._loader.stats().as_scalars() | self._batches.stats().as_scalars()
+
+    def close(self) -> None:
         """The summary, with what all ranks' loaders report.
 
         Raises:
@@ -387,8 +596,10 @@ class Progress:
         """
         self._bar.close()
         counts: list[Any] = [None] * dist.get_world_size()
-        report = loader.report()
+        report = self._batches.report()
         dist.all_gather_object(counts, (report.faults, report.notes))
+        if not self._losses:
+            return
         tenth = math.ceil(len(self._losses) / 10)
         first, last = (sum(part) / tenth for part in (self._losses[:tenth], self._losses[-tenth:]))
         if not any(self._losses):
@@ -410,91 +621,133 @@ class Progress:
 
     def _pace(self) -> str:
         seconds = time.perf_counter() - self._began
-        return f"{(self._seen - self._first) / seconds:.1f} samples/s, {self._waited / seconds:.0%} waiting for data"
+        waited = self._batches.stats().wait / seconds
+        return f"{(self._seen - self._first) / seconds:.1f} samples/s, {waited:.0%} waiting for data"
+
+
+def make_loader(
+    arguments: argparse.Namespace, stage: Stage, split: Split, *, image_tokens: int, **fits: Any
+) -> StreamingLoader:
+    """The samples to train on, or those that are held out."""
+    passed = dist.get_world_size() * arguments.accumulate
+    size = arguments.batch_size or stage.global_batch // passed
+    if not arguments.batch_size and size * passed != stage.global_batch:
+        raise UsageError(
+            f"{dist.get_world_size()} processes x {arguments.accumulate} passes cannot share a global batch of "
+            f"{stage.global_batch}; give --batch-size"
+        )
+    group_by = arguments.group_by or stage.group_by
+    options: dict[str, Any] = {"skip": arguments.skip}
+    if group_by != "none":
+        options["group_by"] = group_by
+    if arguments.pack_tokens:  # exact lengths; else words, as LLaVA measures
+        options |= {"pack_tokens": arguments.pack_tokens, "image_tokens": image_tokens}
+    if split == "validation":
+        options = {"shuffle": None}
+    if split:
+        options |= {"split": split, "validation": arguments.validation}
+    loader = StreamingLoader(
+        arguments.shards,
+        global_batch_size=size * passed,
+        seed=arguments.seed,
+        exclude=arguments.exclude,
+        max_errors=int(limit) if (limit := arguments.max_errors) and limit >= 1 else limit,
+        num_workers=arguments.num_workers,
+        **fits,
+        **options,
+    )
+    if loader.samples == 0:
+        raise UsageError(f"no samples{f' for {split}' if split else ''} in {' '.join(arguments.shards)}")
+    return loader
 
 
 def train(arguments: argparse.Namespace, device: torch.device) -> None:
     """One run of one rank: from the newest checkpoint, if there is one, to the end."""
-    stage, folder = STAGES[arguments.stage], arguments.checkpoint_dir
-    for option, path in (("--checkpoint-dir", folder), ("--trace", arguments.trace)):
-        if path:
-            require_writable(path, option)
+    folder = arguments.checkpoint_dir
+    for option in ("checkpoint_dir", "trace", "export"):
+        if path := getattr(arguments, option):
+            require_writable(path, f"--{option.replace('_', '-')}")
+    stage = STAGES[arguments.stage]
+    if arguments.model == "tiny":
+        stage = replace(stage, **TINY)
     config = model_config(arguments.model)
     text, image = preprocessing(arguments.model, config, stage, arguments.max_length)
-    loader = StreamingLoader(
-        arguments.shards,
-        batch_size=arguments.batch_size,
-        image=image,
-        text=text,
-        seed=arguments.seed,
-        num_workers=arguments.num_workers,
-    )
-    llava = build_model(arguments.model, config, stage, arguments.seed).to(device)
-    peak = (
-        arguments.lr
-        if arguments.lr is not None
-        else (TINY_LEARNING_RATE if arguments.model == "tiny" else stage.learning_rate)
-    )
+    image_tokens = count_image_tokens(config, image)
+    log = open_log(arguments.log, vars(arguments))
+
+    make = partial(make_loader, arguments, stage, text=text, image=image, image_tokens=image_tokens)
+    loader = make("train" if arguments.validation else None)
+    tokens = {"image_token": config.image_token_id, "tokens_per_image": image_tokens}
+    prepare = partial(expand, **tokens, max_length=arguments.max_length)
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    batches, held_out = DevicePrefetcher(loader, device, dtype, prepare=prepare), None
+    if arguments.validation:
+        held_out = DevicePrefetcher(make("validation"), device, dtype, prepare=prepare)
+
+    llava = build_model(arguments.model, config, stage, arguments.seed)
+    if arguments.gradient_checkpointing:
+        llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = share_out(SummedLoss(llava), device, fsdp=arguments.fsdp, bf16=arguments.bf16)
     trained = [parameter for parameter in llava.parameters() if parameter.requires_grad]
+    peak = arguments.lr or stage.learning_rate
     optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.0)
 
-    step = first_step = 0
     identity = {"model": arguments.model, "stage": arguments.stage}
-    if folder and (saved := load_checkpoint(folder, identity)):
-        llava.load_state_dict(saved["parameters"])
-        optimizer.load_state_dict(saved["optimizer"])
-        loader.load_state_dict(saved["loader"])
-        step = first_step = saved["step"]
-    require_agreement(loader, step)
+    if found := newest_checkpoint(folder, identity) if folder else None:
+        loader.load_state_dict(found[1]["loader"])
+    require_agreement(loader)
+    if found:
+        load_checkpoint(found[0], llava, optimizer)
     state = loader.state_dict()
-    seen = samples_seen(state)
-    total = arguments.epochs * state["fingerprint"]["samples"]
-    if arguments.steps:
-        total = seen + (arguments.steps - step) * dist.get_world_size() * arguments.batch_size
-    progress = Progress(seen, total)
-    if state["fingerprint"]["samples"] == 0:
-        raise UsageError(f"no samples in {' '.join(arguments.shards)}")
-    if seen >= total:
-        progress.say(f"nothing left to train: {step} steps, {seen} samples are done")
-        return
-    if step:
-        progress.say(f"continuing after step {step}, {seen} of {total} samples")
+    resumed, samples = state["step"], arguments.epochs * loader.samples
 
-    model = SummedLoss(llava)
-    with torch.no_grad():
-        tokens_per_image = model.image_features(torch.zeros(1, *image.shape, device=device)).shape[1]
-    device_ids = [device.index] if device.type == "cuda" else None
-    ranks = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    for batch in progress.timed(chain.from_iterable(repeat(loader))):  # epoch after epoch
-        step += 1
-        inputs = expand(
-            batch,
-            image_token=config.image_token_id,
-            tokens_per_image=tokens_per_image,
-            max_length=arguments.max_length,
-        )
-        if arguments.trace:  # before the ranks meet: what is in a checkpoint is in every rank's trace
-            where = {"resumed": first_step, "step": step, "epoch": state["epoch"]}
-            write_trace(arguments.trace, batch, inputs, world_size=dist.get_world_size(), **where)
-        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
-            loss, mean = step_loss(ranks, batch, inputs, image, device)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
-        before, state = seen, batch.state
-        seen = samples_seen(state)
+    def done(state: dict[str, Any]) -> float:
+        """The share of the run up to a state; of epochs it counts samples, so that another batch size changes nothing."""
+        return float(state["step"] / arguments.steps if arguments.steps else state["samples"] / samples)
+
+    def finished(state: dict[str, Any]) -> bool:
+        count, limit = ("step", arguments.steps) if arguments.steps else ("epoch", arguments.epochs)
+        return bool(state[count] >= limit)
+
+    def due(every: int) -> bool:
+        return finished(state) or step // every > before["step"] // every
+
+    progress = Progress(loader, batches, state["samples"], done(state))
+    if finished(state):
+        progress.say(f"nothing left to train: {resumed} steps, {state['samples']} samples are done")
+    elif resumed:
+        progress.say(f"continuing after step {resumed}, {state['samples']} samples ({done(state):.0%})")
+    computing = {"accumulate": arguments.accumulate, "bf16": arguments.bf16}
+    endless = chain.from_iterable(repeat(batches))  # epoch after epoch
+    while not finished(state):
+        before, batch = state, next(endless)
+        state, step = batch.state, batch.state["step"]
+        loss = train_step(model, batch, **computing).item()
+        norm = nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
+        rate = learning_rate(peak, (done(before) + done(state)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(peak, (before + seen) / 2 / total)
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        progress.step(step, seen, mean.item())
-        finished = step == arguments.steps if arguments.steps else seen >= total
-        if folder and dist.get_rank() == 0 and (finished or step % arguments.save_every == 0):
-            parts = {"parameters": llava.state_dict(), "optimizer": optimizer.state_dict(), "loader": state}
-            save_checkpoint(folder, identity | parts | {"step": step})
-        if finished:
-            break
-    progress.close(loader)
-    loader.close()
+
+        if arguments.trace:  # before the ranks meet at a checkpoint: what is in it is in every rank's trace
+            where = {"resumed": resumed, "step": step, "epoch": before["epoch"]}
+            write_trace(arguments.trace, batch, loss, world_size=dist.get_world_size(), **where)
+        progress.step(state, done(state), loss)
+        if arguments.log:
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            log(progress.scalars(loss, rate, norm.item()), step)
+        if held_out is not None and due(arguments.eval_every):
+            validation = evaluate(model, held_out, **computing)
+            progress.say(f"after step {step}: loss {validation:.4f} over what is held out")
+            log({"validation/loss": validation}, step)
+        if folder and due(arguments.save_every):
+            save_checkpoint(folder, llava, optimizer, identity | {"step": step, "loader": state})
+    progress.close()
+    batches.close()
+    if arguments.export:
+        export(arguments.export, arguments.model, llava)
+        progress.say(f"exported to {arguments.export}")
 
 
 def join_ranks() -> torch.device:

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,9 @@ def make_batch(rows, image_samples=(), side=56):
         input_ids=ids,
         labels=torch.where(ids >= 7, ids, -100),
         attention_mask=torch.tensor([[column < len(row) for column in range(length)] for row in rows]),
-        images=torch.full((len(image_samples), 3, side, side), 128, dtype=torch.uint8),
+        images=torch.arange(len(image_samples), dtype=torch.uint8)[:, None, None, None].expand(
+            -1, 3, side, side
+        ),
         image_samples=torch.tensor(image_samples, dtype=torch.int64),
         state={},
     )
@@ -59,8 +62,9 @@ class TestExpand:
         assert inputs.input_ids.tolist() == [[1, IMAGE, IMAGE, IMAGE, 7, 8], [1, 7, 8, 9, 10, 0]]
         assert inputs.labels.tolist() == [[-100] * 4 + [7, 8], [-100, 7, 8, 9, 10, -100]]
         assert inputs.attention_mask.tolist() == [[True] * 6, [True] * 5 + [False]]
-        assert inputs.images.tolist() == [0]
-        assert inputs.supervised().tolist() == [2, 4]
+        assert inputs.images.flatten(1)[:, 0].tolist() == [0]
+        assert train.supervised(inputs) == 6
+        assert inputs.position_ids is None
 
     def test_padding_that_no_row_needs_any_more_is_dropped(self):
         inputs = expand(make_batch([[1, -200], [1, 7, 8, 9]], [0]))
@@ -68,7 +72,8 @@ class TestExpand:
 
     def test_images_that_no_token_asks_for_are_left_out(self):
         inputs = expand(make_batch([[1, -200, 7], [1, 7], [1, -200, 7, -200]], [0, 0, 1, 2, 2, 2]))
-        assert inputs.images.tolist() == [0, 3, 4]
+        assert inputs.images.flatten(1)[:, 0].tolist() == [0, 3, 4]
+        assert inputs.image_samples.tolist() == [0, 2, 2]
 
     @pytest.mark.parametrize(
         ("max_length", "tokens", "images"),
@@ -83,7 +88,7 @@ class TestExpand:
     def test_a_long_row_is_cut_but_never_within_an_image(self, max_length, tokens, images):
         inputs = expand(make_batch([[1, -200, 7, -200, 8]], [0, 0]), max_length=max_length)
         assert inputs.input_ids.tolist() == [tokens]
-        assert inputs.images.tolist() == list(range(images))
+        assert inputs.images.flatten(1)[:, 0].tolist() == list(range(images))
 
     def test_an_image_token_that_a_text_writes_is_no_image(self):
         inputs = expand(make_batch([[1, IMAGE, 8]]))
@@ -97,19 +102,75 @@ class TestExpand:
         assert expand(batch).labels.tolist() == [[-100] * 4 + [7]]
 
 
+def make_packed(rows, image_samples=()):
+    """Rows of samples of tokens."""
+    batch = make_batch([list(itertools.chain(*row)) for row in rows], image_samples)
+    samples = [(row, sample) for row, packed in enumerate(rows) for sample in packed]
+    segments = torch.zeros_like(batch.input_ids)
+    for row, packed in enumerate(rows):
+        numbers = [number for number, sample in enumerate(packed, 1) for _ in sample]
+        segments[row, : len(numbers)] = torch.tensor(numbers)
+    return replace(
+        batch,
+        keys=[str(number) for number in range(len(samples))],
+        positions=torch.arange(len(samples)),
+        valid=torch.ones(len(samples), dtype=torch.bool),
+        rows=torch.tensor([row for row, _ in samples]),
+        segment_ids=segments,
+        position_ids=segments,  # made anew
+    )
+
+
+class TestPacked:
+    def test_positions_begin_anew_and_no_sample_foretells_the_next(self):
+        inputs = expand(make_packed([[[1, -200, 7], [8, 9]], [[1, 7]]], [0]))
+        assert inputs.input_ids.tolist() == [[1, IMAGE, IMAGE, IMAGE, 7, 8, 9], [1, 7, 0, 0, 0, 0, 0]]
+        assert inputs.position_ids[0].tolist() == [0, 1, 2, 3, 4, 0, 1]
+        assert inputs.position_ids[1, :3].tolist() == [0, 1, 0]
+        assert inputs.segment_ids[0].tolist() == [1] * 5 + [2] * 2
+        assert inputs.labels[0].tolist() == [-100] * 4 + [7, -100, 9]
+
+    def test_each_sample_is_cut_and_has_its_own_images(self):
+        rows = [[[1, -200, 7, -200, 8], [1, 7], [1, -200, 9]], [[1, -200, 7]]]
+        inputs = expand(make_packed(rows, [0, 0, 2, 2, 3]), max_length=5)
+        assert inputs.input_ids[0].tolist() == [1, IMAGE, IMAGE, IMAGE, 7, 1, 7, 1, IMAGE, IMAGE, IMAGE, 9]
+        assert inputs.images.flatten(1)[:, 0].tolist() == [0, 2, 4]
+
+    def test_a_filler_between_samples_has_no_tokens(self):
+        batch = make_packed([[[1, -200, 7], [], [1, -200, 9]]], [0, 2])
+        batch.valid[1] = False
+        batch.segment_ids[batch.segment_ids == 3] = 2
+        assert len(expand(batch).images) == 2
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_loss_and_gradients_are_those_of_padded_samples(self, stage, count):
+        samples = [[1, -200, 7, 8, 9], [1, 10, 11, 12], [1, -200, 30, 31], [1, 40], [1, -200, -200, 50]]
+        first, second = tiny(stage), tiny(stage)
+        padded = summed(first, make_batch(samples, [0, 2, 4, 4]), stage)
+        packed = summed(second, make_packed([samples[:3], samples[3:]], [0, 2, 4, 4]), stage, count)
+        assert packed[1] == padded[1]
+        assert packed[0] == pytest.approx(padded[0], rel=1e-5)
+        torch.testing.assert_close(gradients(second), gradients(first), rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(scope="module", params=["pretrain", "finetune"])
 def stage(request):
     return train.STAGES[request.param]
 
 
-def summed(model, batch, stage):
+def prepared(batch, stage):
+    """As the model takes it."""
+    _, image = train.preprocessing("tiny", train.model_config("tiny"), stage, 100)
+    batch = expand(batch, tokens_per_image=PICTURES, max_length=2048)
+    return replace(batch, images=image.normalize(batch.images, torch.float32))
+
+
+def summed(model, batch, stage, count=1):
     """The loss over a batch and the number of its tokens, with gradients added to the model's."""
-    inputs = expand(batch, tokens_per_image=PICTURES, max_length=2048)
-    _, image = train.preprocessing("tiny", model.llava.config, stage, 100)
-    pixels = image.normalize(batch.images[inputs.images], torch.float32)
-    loss = model(inputs.input_ids, inputs.labels, inputs.attention_mask, pixels)
-    loss.backward()
-    return loss.item(), int(inputs.supervised().sum())
+    batch = prepared(batch, stage)
+    losses = [model(*values) for values in train.passes(batch, count)]
+    sum(losses).backward()
+    return sum(losses).item(), int(train.supervised(batch))
 
 
 def tiny(stage):
@@ -137,13 +198,12 @@ class TestModel:
     def test_the_loss_is_the_models_own_times_its_tokens(self, stage):
         model, batch = tiny(stage), make_batch([[1, -200, 7, 8, 9], [1, 7, 8]], [0])
         loss, tokens = summed(model, batch, stage)
-        inputs = expand(batch, tokens_per_image=PICTURES, max_length=2048)
-        _, image = train.preprocessing("tiny", model.llava.config, stage, 100)
+        inputs = prepared(batch, stage)
         own = model.llava(
             input_ids=inputs.input_ids,
             attention_mask=inputs.attention_mask,
             labels=inputs.labels,
-            pixel_values=image.normalize(batch.images, torch.float32),
+            pixel_values=inputs.images,
         ).loss
         assert loss == pytest.approx(own.item() * tokens, rel=1e-5)
 
@@ -219,50 +279,67 @@ def test_learning_rate_warms_up_and_falls_to_nothing():
 IDENTITY = {"model": "tiny", "stage": "finetune"}
 
 
+class Frozen(torch.nn.Module):
+    """A part that is trained, and one that is not."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.trained = torch.nn.Linear(2, 1)
+        self.frozen = torch.nn.Linear(2, 1).requires_grad_(False)
+        for parameter in self.parameters():
+            torch.nn.init.constant_(parameter, value)
+
+
 class TestCheckpoints:
-    def save(self, folder, step):
-        train.save_checkpoint(
-            folder,
-            IDENTITY | {"step": step, "parameters": {"a": torch.arange(3)}, "optimizer": {}, "loader": {}},
-        )
+    def save(self, folder, step, value=1.0):
+        model = Frozen(value)
+        optimizer = torch.optim.AdamW(model.trained.parameters(), lr=value)
+        model.trained(torch.ones(2)).backward()
+        optimizer.step()
+        train.save_checkpoint(folder, model, optimizer, IDENTITY | {"step": step, "loader": {"epoch": 0}})
+        return model, optimizer
 
     def test_the_newest_is_loaded_and_two_are_kept(self, tmp_path):
         folder = tmp_path / "new" / "folder"
         train.require_writable(folder, "--checkpoint-dir")
-        assert train.load_checkpoint(folder, IDENTITY) is None
+        assert train.newest_checkpoint(folder, IDENTITY) is None
         for step in (9, 10, 100):
-            self.save(folder, step)
-        assert sorted(file.name for file in folder.iterdir()) == ["step-000000010.pt", "step-000000100.pt"]
-        loaded = train.load_checkpoint(folder, IDENTITY)
-        assert loaded["step"] == 100
-        assert loaded["parameters"]["a"].tolist() == [0, 1, 2]
+            saved, moments = self.save(folder, step, value=step)
+        assert sorted(path.name for path in folder.iterdir()) == ["step-000000010", "step-000000100"]
+        path, facts = train.newest_checkpoint(folder, IDENTITY)
+        assert (facts["step"], facts["loader"]) == (100, {"epoch": 0})
+        model = Frozen(5.0)
+        optimizer = torch.optim.AdamW(model.trained.parameters(), lr=1.0)
+        train.load_checkpoint(path, model, optimizer)
+        assert torch.equal(model.trained.weight, saved.trained.weight)
+        assert model.frozen.weight.unique().tolist() == [5.0]  # not of the checkpoint
+        before, after = (each.state_dict()["state"] for each in (moments, optimizer))
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
 
     def test_what_a_kill_left_half_written_is_not_taken(self, tmp_path):
         self.save(tmp_path, 1)
-        (tmp_path / "unfinished.tmp").write_bytes(b"half")
-        assert train.load_checkpoint(tmp_path, IDENTITY)["step"] == 1
+        (tmp_path / "unfinished").mkdir()
+        assert train.newest_checkpoint(tmp_path, IDENTITY)[1]["step"] == 1
 
     def test_another_stage_is_refused(self, tmp_path):
         self.save(tmp_path, 1)
         with pytest.raises(train.CheckpointError, match=r"--stage finetune, not pretrain"):
-            train.load_checkpoint(tmp_path, IDENTITY | {"stage": "pretrain"})
+            train.newest_checkpoint(tmp_path, IDENTITY | {"stage": "pretrain"})
 
-    @pytest.mark.parametrize("damage", ["short", "pickle"])
-    def test_a_file_that_is_none_is_named(self, tmp_path, damage):
-        file = tmp_path / "step-000000001.pt"
-        if damage == "short":
-            self.save(tmp_path, 1)
-            file.write_bytes(file.read_bytes()[:100])
-        else:
-            torch.save({"step": Path("/")}, file)  # an object that only code of its own could restore
-        with pytest.raises(train.CheckpointError, match=r"step-000000001\.pt cannot be read"):
-            train.load_checkpoint(tmp_path, IDENTITY)
+    def test_damaged_weights_are_told(self, tmp_path):
+        model, optimizer = self.save(tmp_path, 1)
+        (shares,) = (tmp_path / "step-000000001").glob("*.distcp")
+        shares.write_bytes(shares.read_bytes()[:100])
+        with pytest.raises(train.CheckpointError, match=r"step-000000001 cannot be read.*delete it"):
+            train.load_checkpoint(tmp_path / "step-000000001", model, optimizer)
 
-    @pytest.mark.parametrize("content", [[1], {"step": 1}, IDENTITY | {"step": 1}])
+    @pytest.mark.parametrize("content", ["", "{", "[1]", '{"step": 1}', None])
     def test_other_content_is_told(self, tmp_path, content):
-        torch.save(content, tmp_path / "step-000000001.pt")
-        with pytest.raises(train.CheckpointError, match=r"step-000000001\.pt is no checkpoint.* parameters"):
-            train.load_checkpoint(tmp_path, IDENTITY)
+        (tmp_path / "step-000000001").mkdir()
+        if content is not None:
+            (tmp_path / "step-000000001/state.json").write_text(content)
+        with pytest.raises(train.CheckpointError, match=r"step-000000001 (cannot be read|is no checkpoint)"):
+            train.newest_checkpoint(tmp_path, IDENTITY)
 
     def test_a_folder_that_cannot_be_written_to_is_refused_at_once(self, tmp_path):
         (tmp_path / "file").touch()
@@ -270,8 +347,9 @@ class TestCheckpoints:
             train.require_writable(tmp_path / "file" / "x", "--checkpoint-dir")
 
     def test_a_checkpoint_that_cannot_be_written_is_one_message(self, tmp_path):
+        (tmp_path / "file").touch()
         with pytest.raises(train.CheckpointError, match="cannot be written"):
-            self.save(tmp_path / "gone", 1)
+            self.save(tmp_path / "file", 1)
 
 
 @pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf", "x"])
@@ -310,6 +388,23 @@ class TestModelsOnDisk:
         loaded = train.build_model(folder, config, stage, seed=0)
         made = train.build_model("tiny", train.model_config("tiny"), stage, seed=3)
         torch.testing.assert_close(loaded.state_dict(), made.state_dict(), rtol=0, atol=0)
+
+    def test_they_are_exported_with_what_prepares_their_input(self, folder, tmp_path, monkeypatch):
+        config = train.model_config(folder)
+        llava = train.build_model(folder, config, train.STAGES["finetune"], seed=0)
+        monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
+        train.export(tmp_path, folder, llava)
+        text, image = train.preprocessing(
+            str(tmp_path), train.model_config(str(tmp_path)), train.STAGES["finetune"], 77
+        )
+        assert (text.pad_token_id, image.mean) == (3, (0.5, 0.4, 0.3))
+        again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+        torch.testing.assert_close(again.state_dict(), llava.state_dict(), rtol=0, atol=0)
+
+    def test_image_tokens_are_counted_without_the_model(self, folder):
+        config = train.model_config(folder)
+        _, image = train.preprocessing(folder, config, train.STAGES["finetune"], 77)
+        assert train.count_image_tokens(config, image) == PICTURES
 
     def test_other_models_are_refused(self, tmp_path):
         transformers.LlamaConfig().save_pretrained(tmp_path)

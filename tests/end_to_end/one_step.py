@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train
@@ -22,17 +21,20 @@ text, image = train.preprocessing("tiny", config, stage, 2048)
 loader = train.StreamingLoader(
     shards, batch_size=int(batch_size), image=image, text=text, shuffle=None, num_workers=0
 )
-batch = next(iter(loader))
-inputs = train.expand(batch, image_token=config.image_token_id, tokens_per_image=16, max_length=2048)
+
+
+def expand(batch):
+    return train.expand(batch, image_token=config.image_token_id, tokens_per_image=16, max_length=2048)
+
+
+batch = next(iter(train.DevicePrefetcher(loader, device, prepare=expand)))
 llava = train.build_model("tiny", config, stage, seed=0)
-model = DistributedDataParallel(train.SummedLoss(llava))
-loss, mean = train.step_loss(model, batch, inputs, image, device)
-loss.backward()
+model = train.share_out(train.SummedLoss(llava), device, fsdp=False, bf16=False)
 result = {
-    "loss": mean,
+    "loss": train.train_step(model, batch),
     "gradients": {name: p.grad for name, p in llava.named_parameters() if p.requires_grad},
-    "images": len(inputs.images),
-    "tokens": inputs.supervised().sum(),
+    "images": len(batch.images),
+    "tokens": train.supervised(batch),
 }
 torch.save(result, f"{out}.rank{dist.get_rank()}")
 dist.destroy_process_group()

@@ -1,138 +1,37 @@
 """train.py as people run it: real processes, real shards, real kills."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
-ROOT = Path(__file__).parents[2]
-TRAIN = ROOT / "train.py"
-TIMEOUT = 240
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def command(*arguments, processes=None, script=TRAIN):
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes else []
-    )
-    return [str(part) for part in (sys.executable, *launcher, script, *arguments)]
-
-
-def descendants(process):
-    """Process ids of all children, their children, and so on: torchrun gives each of its children a session of its own."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):
-            continue  # it ended meanwhile
-    found = {process}
-    while grown := {child for child, parent in parents.items() if parent in found} - found:
-        found |= grown
-    return found
-
-
-def kill(process):
-    """SIGKILL to a process and all it started; the launcher first, so that it cannot clean up."""
-    everyone = descendants(process.pid)
-    for pid in sorted(everyone, key=lambda pid: pid != process.pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait()
-    return everyone
-
-
-def run(*arguments, **options):
-    """Run to the end; returns what it printed. Nothing it started outlives a failure."""
-    process = subprocess.Popen(
-        command(*arguments, **options),
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, errors = process.communicate(timeout=TIMEOUT)
-    except BaseException:
-        kill(process)
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
-
-
-def trained(*arguments, **options):
-    result = run(*arguments, **options)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "nan" not in result.stdout
-    return result.stdout
-
-
-def shardify(*arguments):
-    subprocess.run(
-        [sys.executable, "-m", "shardify.cli", *map(str, arguments)],
-        env=ENVIRONMENT,
-        check=True,
-        timeout=TIMEOUT,
-    )
-
-
-def trace_lines(folder):
-    """By rank."""
-    return {
-        int(file.stem.removeprefix("rank")): [json.loads(line) for line in file.read_text().splitlines()]
-        for file in folder.glob("rank*.jsonl")
-    }
+sys.path.insert(0, str(Path(__file__).parent))
+from launch import (
+    ENVIRONMENT,
+    TIMEOUT,
+    TRAIN,
+    command,
+    kill,
+    pack_records,
+    record,
+    run,
+    shardify,
+    trace_lines,
+    trained,
+)
 
 
 def packed_keys(shards):
     return sorted(
         key for sidecar in shards.glob("*.parquet") for key in pq.read_table(sidecar)["key"].to_pylist()
     )
-
-
-def pack_records(folder, records):
-    """Pack records; those with an image get one of random pixels."""
-    images = folder / "images"
-    images.mkdir()
-    rng = np.random.default_rng(0)
-    for record in records:
-        if "image" in record:
-            pixels = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(images / record["image"])
-    (folder / "chat.json").write_text(json.dumps(records))
-    shardify(
-        "pack",
-        folder / "chat.json",
-        "--images",
-        images,
-        "--out",
-        folder / "data",
-        "--no-shuffle",
-        "--shards",
-        1,
-    )
-    return folder / "data"
-
-
-def record(number, question, answer, *, image):
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    if not image:
-        return {"id": str(number), "conversations": turns}
-    turns[0]["value"] = f"<image>\n{question}"
-    return {"id": str(number), "image": f"{number}.png", "conversations": turns}
 
 
 @pytest.fixture(scope="module")
@@ -168,21 +67,21 @@ def mixed(tmp_path_factory):
 
 
 def test_two_ranks_train_on_every_sample_once_and_learn(demo, tmp_path):
-    out = trained("--shards", demo, "--epochs", 1, "--batch-size", 8, "--trace", tmp_path, processes=2)
+    out = trained("--shards", demo, "--batch-size", 8, "--group-by", "none", "--trace", tmp_path, processes=2)
     lines = trace_lines(tmp_path)
     assert sorted(lines) == [0, 1]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == list(range(1, 17))
     both = lines[0] + lines[1]
     assert sorted(key for line in both for key in line["keys"]) == packed_keys(demo)
     assert sorted(position for line in both for position in line["positions"]) == list(range(254))
-    assert all(count > 0 for line in both for count in line["supervised"])
+    assert all(line["supervised"] > 0 for line in both)
     first, last = map(float, re.search(r"loss: (\S+) in the first tenth .*, (\S+) in the last", out).groups())
     assert last < first
 
 
 def test_a_killed_run_continues_with_any_number_of_processes(demo, tmp_path):
     checkpoints, trace = tmp_path / "checkpoints", tmp_path / "trace"
-    options = ["--shards", demo, "--epochs", 1, "--batch-size", 4, "--save-every", 4]
+    options = ["--shards", demo, "--batch-size", 4, "--group-by", "none", "--save-every", 4]
     process = subprocess.Popen(
         command(*options, "--checkpoint-dir", checkpoints, "--trace", trace, processes=2),
         env=ENVIRONMENT,
@@ -190,7 +89,7 @@ def test_a_killed_run_continues_with_any_number_of_processes(demo, tmp_path):
     )
     deadline = time.monotonic() + TIMEOUT
     try:
-        while not (checkpoints / "step-000000012.pt").exists() or len(trace_lines(trace)[0]) < 14:
+        while not (checkpoints / "step-000000012").exists() or len(trace_lines(trace)[0]) < 14:
             assert process.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -203,8 +102,7 @@ def test_a_killed_run_continues_with_any_number_of_processes(demo, tmp_path):
         assert time.monotonic() < deadline, "processes outlive the kill"
         time.sleep(0.01)
 
-    newest = max(checkpoints.glob("step-*.pt"))
-    saved = torch.load(newest, weights_only=True)
+    saved = json.loads((max(checkpoints.glob("step-*")) / "state.json").read_text())
     assert saved["loader"]["epoch"] == 0
     assert 0 < saved["loader"]["position"] == 8 * saved["step"] < 254
     for processes in (1, 3):
@@ -213,7 +111,7 @@ def test_a_killed_run_continues_with_any_number_of_processes(demo, tmp_path):
         shutil.copytree(trace, here / "trace")
         again = [*options, "--checkpoint-dir", here / "checkpoints", "--trace", here / "trace"]
         out = trained(*again, processes=processes)
-        assert f"continuing after step {saved['step']}, {saved['loader']['position']} of 254 samples" in out
+        assert f"continuing after step {saved['step']}, {saved['loader']['position']} samples" in out
         lines = [line for lines in trace_lines(here / "trace").values() for line in lines]
         assert any(line["resumed"] == 0 and line["step"] > saved["step"] for line in lines), (
             "no step was lost"
@@ -223,7 +121,7 @@ def test_a_killed_run_continues_with_any_number_of_processes(demo, tmp_path):
         ]
         assert sorted(key for line in counted for key in line["keys"]) == packed_keys(demo)
         assert {line["world_size"] for line in counted} == {2, processes}
-        assert [file.name for file in (here / "checkpoints").glob("*.tmp")] == []
+        assert [file.name for file in (here / "checkpoints").glob("unfinished")] == []
         if processes == 1:
             assert "nothing left to train" in trained(*again, processes=2)
 
@@ -256,6 +154,12 @@ def test_pretraining_runs_on_where_a_rank_has_nothing_to_train_on(mixed):
         (["--shards", "data", "--batch-size", "0"], 2, "0 is not positive"),
         (["--shards", "nowhere/{000..003}.tar"], 1, "nowhere/"),
         (["--shards", "DEMO", "--model", "nowhere/at/all"], 2, "--model nowhere/at/all"),
+        (
+            ["--shards", "DEMO", "--accumulate", "3"],
+            2,
+            "cannot share a global batch of 32; give --batch-size",
+        ),
+        (["--shards", "DEMO", "--log", "tensorboard"], 2, "pip install tensorboard"),
     ],
 )
 def test_wrong_use_is_told_without_a_traceback(demo, arguments, status, message):
@@ -308,6 +212,6 @@ def test_ranks_that_see_other_shards_stop_at_once(demo, tmp_path):
 
 
 def test_training_on_nothing_is_no_success(mixed):
-    result = run("--shards", mixed, "--epochs", 1, "--max-length", 3)
+    result = run("--shards", mixed, "--max-length", 3)
     assert result.returncode == 2
     assert "no token of any sample was trained on" in result.stderr
