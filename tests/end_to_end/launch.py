@@ -12,7 +12,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "train.py"
-TIMEOUT = 240
+TIMEOUT = 480  # s; a busy machine is not a failure
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
