@@ -18,13 +18,15 @@ STEPS = 20
 
 def losses(folder):
     """The loss of each step; of one that was done again, the last. The ranks agree."""
-    ranks = [{line["step"]: line["loss"] for line in lines} for lines in trace_lines(folder).values()]
-    assert all(set(rank) <= set(ranks[0]) for rank in ranks)
-    assert all(
-        loss == pytest.approx(ranks[0][step], abs=1e-4) for rank in ranks for step, loss in rank.items()
-    )
-    assert sorted(ranks[0]) == list(range(1, STEPS + 1))
-    return list(ranks[0].values())
+    ranks = {
+        rank: {line["step"]: line["loss"] for line in lines} for rank, lines in trace_lines(folder).items()
+    }
+    first = ranks[0]
+    for losses_of_rank in ranks.values():
+        told = {step: first[step] for step in losses_of_rank}
+        assert losses_of_rank == pytest.approx(told, abs=1e-4)
+    assert sorted(first) == list(range(1, STEPS + 1))
+    return [first[step] for step in sorted(first)]
 
 
 def groups(folder):
