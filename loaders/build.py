@@ -307,7 +307,7 @@ class BatchBuilder:
             built.keys[place] = self._prefixes[part] + found.key
         built.positions[:] = plan.positions
         built.image_samples, built.image_spans, built.records = samples, spans, records
-        built.memory = None if self._lies_in_slab(memory, plan) else memory
+        built.memory = None if self._lies_in_slab(memory, plan) or not spans else memory
         return True
 
     def _lies_in_slab(self, memory: Pixels, plan: BatchPlan) -> bool:

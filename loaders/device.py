@@ -320,7 +320,7 @@ def _normalize(
     loader: StreamingLoader, dtype: torch.dtype | None, normalize: Normalize | None, decode: Decode
 ) -> Normalize | None:
     """Whom to normalise by, and to decode on the device by."""
-    image = getattr(loader, "image", None) or getattr(loader, "_image", None)
+    image = getattr(loader, "image", None)
     if decode not in get_args(Decode):
         raise UsageError(f"decode={decode!r}; there are {', '.join(get_args(Decode))}")
     if decode == "nvjpeg":

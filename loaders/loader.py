@@ -8,10 +8,12 @@ import copy
 import math
 import os
 import queue
+import signal
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -50,7 +52,7 @@ from loaders.stats import LoaderStats, StatsRecorder
 from loaders.subset import Split
 from loaders.tiles import count_tiles, ordinary_bytes
 from loaders.unnamed import UnnamedContext
-from loaders.worker import Stacks, Watch, start_worker
+from loaders.worker import Stacks, Watch, end_processes, start_worker
 from shardify.errors import LoaderError, UsageError
 from shardify.format.child import will_fork
 
@@ -126,16 +128,21 @@ class StreamingLoader:
         block: neighbouring samples that the block shuffle keeps in one lane. Default 32.
         window: blocks whose samples it mixes. Default 8.
         on_error: ``"skip"`` (default) makes bad samples fillers, ``"raise"`` ends the run at the first one.
-        max_errors: end the run when there are more bad samples, as a count, or as a rate (a float below 1) of those handed out. Default
-            None, any number.
+        max_errors: end the run when there are more bad samples on this rank, since this loader was made: as a count, or as a rate (a
+            float below 1) of those handed out. Default None, any number.
         timeout: seconds that a batch, or a sample's bytes, may take. Default 300.
         skip: steps to be left out, as (from, to) pairs, `to` excluded; the state says so.
-        cache_dir: where blocks of remote shards are kept, for all ranks of the node and the next run. Default None, a temporary folder.
-        cache_size: bytes that it may hold. Default None, half of what is free there.
+        cache_dir: where blocks of remote shards are kept, for all ranks of the node and the next run: on a disk of the node, not on a file
+            system that nodes share. Default None, a temporary folder.
+        cache_size: bytes that it may hold. Default None: what the data needs, at most half of what is free there (and 64 GB, when it is
+            temporary).
 
     Raises:
         UsageError: arguments that contradict each other.
         FormatError: shards that are missing or damaged.
+        SourceError: the exclusion list cannot be read.
+        PackError: an object store cannot be reached, or refuses.
+        LoaderError: from iteration: a worker ended or hangs, bytes cannot be had in time, or there are more bad samples than are borne.
     """
 
     def __init__(
@@ -267,7 +274,10 @@ class StreamingLoader:
         return self._planner.order(self._state).length
 
     def __len__(self) -> int:
-        """Batches left in this epoch, the same on every rank."""
+        """Batches left in this epoch, the same on every rank.
+
+        With groups, packs or a budget the first call in an epoch plans all of it: a second for a million samples.
+        """
         return self._planner.count(self._state)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -335,11 +345,19 @@ class StreamingLoader:
             return
         if run.watch is not None:
             run.watch.close()
-        # not left to the iterator's end: a traceback may hold on to it, and collected as garbage it waits 5 s for each worker
-        if self._num_workers:
-            run.built._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001 - torch has no public call
-        run.remote.close()
-        run.stacks.close()
+        try:
+            run.remote.close()  # first: workers that wait for blocks wait no more
+        finally:
+            # not left to the iterator's end: a traceback may hold on to it, and collected as garbage it waits 5 s for each worker
+            if self._num_workers:
+                processes = [worker for worker in run.built._workers if worker.is_alive()]  # type: ignore[attr-defined]  # noqa: SLF001 - torch has no public names
+                run.built._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001
+                end_processes([worker.pid for worker in processes if worker.is_alive()])
+            run.stacks.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
 
     def _plan(self, lanes: int) -> Planner:
         settings = OrderSettings(self._shuffle, self._seed, lanes, self._block, self._window)
@@ -414,10 +432,12 @@ class StreamingLoader:
             run.watch.begin()
         try:
             built = next(run.built)
+        except EOFError as error:  # all of them have ended
+            raise _explained(_how_ended(run.built), run) from error
         except RuntimeError as error:
             if not str(error).startswith(_LOST_WORKER):
                 raise
-            raise _explained(error, run) from error
+            raise _explained(str(_first(error)), run) from error
         if run.watch is not None:
             run.watch.end()
         if isinstance(built, LoaderError):
@@ -452,7 +472,17 @@ class StreamingLoader:
             cache_size=self._cache_size,
             timeout=self._timeout,
         )
-        remote.start()  # forked before the workers, and alone with the object stores' client
+        stacks = Stacks(self._num_workers)
+        try:
+            remote.start()  # forked before the workers, and alone with the object stores' client
+            return self._start_workers(slabs, remote, stacks)
+        except BaseException:
+            remote.close()
+            stacks.close()
+            raise
+
+    def _start_workers(self, slabs: SlabPool, remote: RemoteFetch, stacks: Stacks) -> _Run:
+        dataset = self._dataset
         pending: deque[_Pending] = deque()
         dispatch = _Dispatch(
             self._planner, self._state, slabs, remote, pending, self._ahead(), self._stats.planned
@@ -468,7 +498,6 @@ class StreamingLoader:
             seed=self._seed,
             slabs=slabs,
         )
-        stacks = Stacks(self._num_workers)
         workers: dict[str, Any] = {}
         if self._num_workers:
             # forked: nothing is pickled or imported again; unnamed: a kill at any moment leaves no semaphore behind
@@ -489,7 +518,13 @@ class StreamingLoader:
             )
         )
         slabs.pin()
-        watch = Watch(stacks, _processes(built), self._timeout) if self._num_workers else None
+        watch = None
+        if self._num_workers:
+            # the workers' end of it: held here, too, it would keep a message waiting that a killed worker has half written
+            built._worker_result_queue._writer.close()  # type: ignore[attr-defined]  # noqa: SLF001
+            # what the download process has to say of a block should come first
+            timeout = 1.1 * self._timeout + 10 if remote.is_needed else self._timeout
+            watch = Watch(stacks, _processes(built), timeout)
         return _Run(built, pending, slabs, remote, stacks, watch, os.getpid())
 
     def _slab_size(self) -> int:
@@ -604,19 +639,32 @@ def _global_batch_size(
     raise UsageError("batch_size (per rank) or global_batch_size is needed, and not both")
 
 
-def _explained(error: RuntimeError, run: _Run) -> LoaderError:
-    """What torch says of a worker that ended, with what there is to see of it."""
+def _explained(ended: str, run: _Run) -> LoaderError:
+    """What is known of a worker that ended, beside how it did."""
     if run.watch is not None and run.watch.found:
         return LoaderError(
             f"no batch came for {run.watch.timeout:g} s (timeout=). What the workers were doing:\n{run.watch.found}"
         )
-    # what came first names the signal
-    lost = error if isinstance(error.__cause__, queue.Empty | None) else error.__cause__
     stack = run.stacks.all_written()
     return LoaderError(
-        f"{str(lost).strip(' .')}. Was memory short? Try fewer workers, a smaller batch, or num_workers=0."
+        f"{ended.strip(' .')}. Was memory short? Try fewer workers, a smaller batch, or num_workers=0."
         + (f"\n{stack}" if stack else "")
     )
+
+
+def _first(error: RuntimeError) -> BaseException:
+    """Of torch's errors about a worker the one that names the signal: what came first."""
+    cause = error.__cause__
+    return error if cause is None or isinstance(cause, queue.Empty) else cause
+
+
+def _how_ended(built: Any) -> str:
+    """How the first worker ended that did not end well."""
+    for worker in built._workers:  # noqa: SLF001 - torch has no public name for them
+        worker.join(1.0)
+        if worker.exitcode is not None and worker.exitcode < 0:
+            return f"{_LOST_WORKER} {worker.pid}) is killed by signal: {signal.strsignal(-worker.exitcode)}"
+    return "the DataLoader's workers have ended"
 
 
 def _processes(built: Any) -> list[int]:

@@ -94,7 +94,10 @@ def fresh(state: State) -> State:
 def _fresh(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _fresh(item) for name, item in value.items()}
-    return [_fresh(item) for item in value] if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    # long lists are of names, which need no copy of their own
+    return [_fresh(item) for item in value] if value and isinstance(value[0], dict | list) else list(value)
 
 
 def with_cursor(state: State, cursor: Cursor) -> State:

@@ -61,6 +61,9 @@ class Stacks:
         while self._files:
             os.close(self._files.pop())
 
+    def __del__(self) -> None:
+        self.close()
+
 
 class Watch:
     """Ends workers that keep the trainer waiting for longer than `timeout` seconds, having noted what they were doing.
@@ -97,15 +100,35 @@ class Watch:
             since = self._since
             if since is not None and time.monotonic() - since > self.timeout:
                 self.found = self._stacks.ask(self._processes)
-                for process in self._processes:
-                    with suppress(ProcessLookupError):
-                        os.kill(process, signal.SIGKILL)  # the trainer's own wait ends with them
+                end_processes(self._processes)  # and the trainer's own wait with them
                 return
 
 
+def forget_handlers() -> None:
+    """In a child: none of the parent's signal handlers, which would save its checkpoint here too.
+
+    What is sent to the whole process group, to end it, is the parent's to obey: its children end with it. So SIGINT and SIGTERM do
+    nothing, and a trainer that saves what it has before it ends is not told of dying workers meanwhile.
+    """
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def end_processes(processes: Sequence[int]) -> None:
+    """End children that go on when they were asked to end."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
 def start_worker(worker: int, *, parent: int, stacks: Stacks | None = None) -> None:
-    """Set a worker process up: one that ends with its parent, whatever ended that, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Set a worker process up: one that ends with its parent, whatever ended that, and leaves signals to end the group to it."""
+    forget_handlers()
     if stacks is not None:
         stacks.attend(worker)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers' own threads do not survive a fork

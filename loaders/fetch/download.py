@@ -11,7 +11,6 @@ A block stays pinned for some batches after its last announced use, since the ne
 import os
 import queue
 import select
-import signal
 import threading
 import time
 import traceback
@@ -27,6 +26,7 @@ from loaders.fetch.extents import ExtentFetcher, Source
 from loaders.fetch.folder import CacheFolder
 from loaders.fetch.requests import NoRangesError, Patience, Requests
 from loaders.fetch.shared import FetchCounters, Kind, Messages
+from loaders.worker import forget_handlers
 from shardify.errors import LoaderError
 from shardify.format.urls import is_url, shown
 
@@ -92,14 +92,7 @@ def run(settings: Settings, messages: Messages, counters: FetchCounters, notes: 
     """
     status = 1
     try:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM):
-            signal.signal(
-                number, signal.SIG_DFL
-            )  # a trainer's own handlers would save its checkpoint here too
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        with suppress(ValueError):
-            signal.set_wakeup_fd(-1)
+        forget_handlers()
         os.close(messages.writer)
         downloader: Downloader | None = None
         try:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from shardify.errors import LoaderError, SampleError
 
 IntArray = npt.NDArray[np.int64]
 
-_OPEN_FILES = 256
+_OPEN_FILES = 1024  # fewer, where a process may have fewer than twice as many
 _SLOW = 0.0003  # seconds that a read takes on average when it comes from a disk: then more of them are asked for at once
 _MAX_READ = 256 * 1024 * 1024  # bytes in one read of neighbouring samples
 
@@ -29,6 +30,7 @@ class LocalFetcher:
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = paths
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._most_open = max(1, min(_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
         self._is_slow = True  # until reads turn out to be out of memory
 
     def read(
@@ -122,7 +124,11 @@ class LocalFetcher:
             try:
                 if not _fill(self._file(shard), view[begin:end], offset):
                     short.append(number)
-            except OSError:
+            except OSError as error:
+                if (
+                    error.errno == errno.ESTALE
+                ):  # replaced behind NFS: what has the name now is opened once more, if there is anything
+                    os.close(self._open.pop(shard))
                 short.append(number)
         self._is_slow = time.perf_counter() - started > _SLOW * len(stretches)
         errors: dict[int, SampleError] = {}
@@ -146,11 +152,15 @@ class LocalFetcher:
         except OSError as error:
             return SampleError("shard-read-error", error.strerror or str(error))
 
+    def __del__(self) -> None:
+        while self._open:
+            self._close_oldest()
+
     def _file(self, shard: int) -> int:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        if len(self._open) >= _OPEN_FILES:
+        if len(self._open) >= self._most_open:
             self._close_oldest()
         while True:
             try:

@@ -68,8 +68,9 @@ def test_what_is_found_is_what_reading_finds(spans):
         assert begin <= found.members[0][1]
 
 
-def test_plain_samples_are_all_found():
-    content = tar_of([("a.jpg", b"x" * 700), ("a.json", b"{}")], "ustar")
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+def test_plain_samples_are_all_found(kind):
+    content = tar_of([("a.jpg", b"x" * 700), ("a.json", b"{}")], kind)
     memory = np.frombuffer(content * 3, np.uint8)
     sizes = np.full(3, len(content), np.int64)
     found = locate_members(memory, np.arange(3) * len(content), sizes)
@@ -82,3 +83,17 @@ def test_a_cut_off_sample_is_left_to_others():
     assert locate_members(np.frombuffer(content, np.uint8), np.zeros(1, np.int64), np.array([1024])) == [None]
     with pytest.raises(FormatError):
         read_members(memoryview(content), where="a sample")
+
+
+def test_samples_of_webdataset_are_found(tmp_path):
+    import webdataset
+
+    with webdataset.TarWriter(str(tmp_path / "w.tar")) as writer:
+        writer.write({"__key__": "a", "jpg": b"x" * 700, "json": {"id": 1}})
+    content = (tmp_path / "w.tar").read_bytes()
+    span = np.frombuffer(content[: len(content) - len(content) % 512], np.uint8)
+    end = len(content.rstrip(b"\0")) + 511
+    sizes = np.array([end - end % 512], np.int64)
+    (found,) = locate_members(span, np.zeros(1, np.int64), sizes)
+    assert found is not None
+    assert [(field, end - begin) for field, begin, end in found.members] == [("jpg", 700), ("json", 9)]
