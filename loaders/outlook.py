@@ -232,7 +232,7 @@ def explain_epoch(
         notes.append(f"{order.length} samples for {world_size} ranks: some see fillers alone")
     if scale > 1.0:
         notes.append(
-            f"looked at {looked_at:,} of {order.length:,} positions, in {_STRETCHES} stretches spread evenly: figures are estimates, and the least"
+            f"looked at {looked_at:,} of {order.length:,} positions, in stretches spread evenly: figures are estimates, and the least"
             " and the most over ranks lie nearer together in truth"
         )
     return survey.plan(
@@ -334,13 +334,13 @@ def _stretches(length: int, unit: int, most: int, *, least: int) -> list[tuple[i
         return [(0, length)]
     size = max(1, min(max(most // _STRETCHES, least), most) // unit) * unit
     number = max(1, min(most // size, length // size))
-    units = length // unit
-    begins = [place * (units - size // unit) // max(number - 1, 1) * unit for place in range(number)]
-    return [(begin, min(begin + size, length)) for begin in begins]
+    # each in the middle of its share: at the ends of the epoch blocks begin and end otherwise
+    begins = [((2 * place + 1) * length // number - size) // 2 // unit * unit for place in range(number)]
+    return [(begin, begin + size) for begin in begins]
 
 
-def _settled(first: int, last: int, mixed: int) -> int:
-    return first + min(mixed, (last - first) // 2) if first else 0
+def _settled(first: int, last: int, length: int, mixed: int) -> int:
+    return first + min(mixed, (last - first) // 2) if last - first < length else 0
 
 
 def _plain(length: int, batching: PlainBatches, mixed: int) -> Iterator[_Piece | None]:
@@ -348,7 +348,7 @@ def _plain(length: int, batching: PlainBatches, mixed: int) -> Iterator[_Piece |
     at_once = max(1, _CHUNK // size) * size
     kept = length // size * size if batching.drop_last else length
     for first, last in _stretches(length, size, _MOST, least=_SETTLED * mixed):
-        settled = _settled(first, last, mixed)
+        settled = _settled(first, last, length, mixed)
         for begin in range(first, last, at_once):
             end = min(begin + at_once, last)
             positions = np.arange(begin, min(end, kept), dtype=np.int64)
@@ -362,7 +362,7 @@ def _windowed(view: EpochView, batching: WindowBatches, mixed: int) -> Iterator[
     width = batching.plan.plan_window
     most = max(_MOST_PLANNED // batching.world_size, _STRETCHES) * width
     for first, last in _stretches(view.length, width, most, least=_SETTLED * mixed):
-        settled = _settled(first, last, mixed)
+        settled = _settled(first, last, view.length, mixed)
         cursor = Cursor(first, window=first // width)
         ranks: list[Batching] = [batching.of_rank(rank) for rank in range(batching.world_size)]
         streams = [rank.batches(view, cursor) for rank in ranks]
