@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -77,7 +78,7 @@ def sources(draw, most=5000, least=1):
     index = np.zeros(number, INDEX_DTYPE)
     index["shard"] = np.searchsorted(np.array(cuts), np.arange(number), "right") - 1
     index["size"] = rng.integers(1, 9, number) * 512
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         index["offset"][begin:end] = np.cumsum(index["size"][begin:end]) - index["size"][begin:end]
     share = draw(st.sampled_from([0.0, 0.05, 0.5, 1.0]))
     index["images"] = (rng.random(number) < share) * rng.integers(1, 5, number)
@@ -108,7 +109,7 @@ def plans(draw, *, plain=2):
     """Settings that a whole chain keeps; one in `plain` groups, packs and bounds nothing."""
     if draw(st.integers(1, plain)) == 1:
         return {}
-    plan = {
+    return {
         "group_by": draw(st.sampled_from([None, "length", "modality", "modality_length"])),
         "pack_tokens": draw(st.sampled_from([None, 50, 130])),
         "max_tokens": draw(st.sampled_from([None, None, 130, 700])),
@@ -116,7 +117,6 @@ def plans(draw, *, plain=2):
         "plan_window": draw(st.sampled_from([48, 150, 1000, 16384])),
         "image_tokens": draw(st.sampled_from([1, 20])),
     }
-    return plan
 
 
 @st.composite
@@ -389,7 +389,7 @@ def test_a_data_set_may_grow_at_every_resume(data):
     source = data.draw(sources(most=800))
     order, plan = data.draw(orders()), data.draw(plans())
     shards = len(source.cuts) - 1
-    sizes = sorted(data.draw(st.lists(st.integers(0, shards), min_size=1, max_size=4))) + [shards]
+    sizes = [*sorted(data.draw(st.lists(st.integers(0, shards), min_size=1, max_size=4))), shards]
     state, used, promised = None, Counter(), Counter()
     finished = 0
     for run, size in enumerate(sizes):
