@@ -163,6 +163,53 @@ def _cell(column: str, measures: dict[str, float]) -> str:
     )
 
 
+def planning_table(found: dict[str, Any]) -> str:
+    rows = [
+        "| | microseconds a sample | of that, order and shards | MB beyond a window's |",
+        "|---|---|---|---|",
+    ]
+    for name, plan in found["plans"].items():
+        median = plan["median"]
+        rows.append(
+            f"| {name} | {median['microseconds']:.2f} | {median['order_microseconds']:.2f} | {median['megabytes']:.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def resume_table(found: dict[str, Any]) -> str:
+    """Medians of the milliseconds, all and those without forking, and of the ratios inside the rounds."""
+    rows = [
+        "| first batch, ms (without forking) | cold | in mid-epoch | ratio | opening before, ms |",
+        "|---|---|---|---|---|",
+    ]
+    for name, plan in found["plans"].items():
+        times = [
+            f"{plan[kind]['first batch']:,.0f} ({plan[kind]['without forking']:,.0f})"
+            for kind in ("cold", "resumed")
+        ]
+        ratio = f"{plan['ratio']:.2f} ({plan['ratio without forking']:.2f})"
+        opening = f"{plan['cold']['open']:,.0f} and {plan['resumed']['open']:,.0f}"
+        rows.append(f"| {name} | {' | '.join(times)} | {ratio} | {opening} |")
+    return "\n".join(rows)
+
+
+def memory_table(found: dict[str, Any]) -> str:
+    processes = ("main", "worker 0", "worker 1")
+    rows = ["| RssAnon, MB | " + " | ".join(processes) + " |", "|---|" + "---|" * len(processes)]
+    for plans, told in (
+        ("epochs", "{}, after 2 and {} epochs"),
+        ("data sets", "{}, 10^5 and 10^7 samples"),
+    ):
+        for name, plan in found[plans].items():
+            cells = [
+                f"{plan[each]['before'] / 1e6:.1f}, {plan[each]['after'] / 1e6:.1f} ({plan[each]['growth']:+.1%})"
+                for each in processes
+            ]
+            count = len(plan.get("every epoch", ()))
+            rows.append(f"| {told.format(name, count)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def put(path: Path, marker: str, table: str) -> None:
     """Replace what stands between `<!-- marker -->` and `<!-- end -->`."""
     text = path.read_text()
@@ -184,6 +231,10 @@ def main() -> None:
     if shuffle := results("shuffle"):
         plot_shuffle(shuffle["orders"])
         put(DOCS / "order.md", "shuffle", shuffle_table(shuffle["orders"]))
+    tables = {"planning": planning_table, "resume": resume_table, "memory": memory_table}
+    for name, table in tables.items():
+        if found := results(name):
+            put(DOCS / "performance.md", name, table(found))
 
 
 if __name__ == "__main__":
