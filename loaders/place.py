@@ -43,7 +43,8 @@ def place_of(rank: int | None, world_size: int | None, group: ProcessGroup = Non
 
 
 def _place_in(group: Any) -> tuple[int, int]:
-    if group == distributed.GroupMember.NON_GROUP_MEMBER:  # what torch gives to those that a new group leaves out
+    # what torch gives to those that a new group leaves out
+    if group == distributed.GroupMember.NON_GROUP_MEMBER:
         raise UsageError("process_group: this process is not in it")
     if not isinstance(group, distributed.ProcessGroup):
         if group.ndim != 1:

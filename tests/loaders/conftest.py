@@ -73,7 +73,9 @@ def write_data_set(folder: Path, samples: Sequence[Made], *, shards: int) -> Pat
                 ]
                 images = [ImageInfo(field, "png", SIDE, SIDE) for field in fields]
                 size = writer.offset - begin
-                rows.append(SampleRow(key, str(number), number, begin, size, members, images, 2, 6, "made.json"))
+                rows.append(
+                    SampleRow(key, str(number), number, begin, size, members, images, 2, 6, "made.json")
+                )
             digest = writer.close()
         info = ShardInfo(bytes=tar.stat().st_size, xxh3_128=digest)
         sidecar = folder / sidecar_name(tar.name)
