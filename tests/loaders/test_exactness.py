@@ -15,13 +15,15 @@ from itertools import pairwise
 from unittest import mock
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loaders import Mixture, StreamingLoader
+from loaders import ImageTransform, LlavaText, Mixture, StreamingLoader
 from loaders.dataset import Dataset, Part
 from loaders.lengths import Lengths
 from loaders.subset import Subset, digest_of
+from loaders.text import ByteTokenizer
 from shardify.format.index import INDEX_DTYPE
 from shardify.format.shards import ShardFile, ShardSet
 
@@ -473,3 +475,100 @@ def test_a_mixture_may_change_and_grow_at_every_resume(data):
             ahead = np.unpackbits(np.frombuffer(base64.b64decode(entry.get("taken", "")), np.uint8)).sum()
             assert sum(own.values()) == entry["epoch"] * len(old) + entry["position"] + ahead
         assert set(own) <= set(made[name].numbers(sizes[name]))
+
+
+BAD = {3, 17, 40}  # no pictures
+EXCLUDED = {5, 17, 30}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, made):
+    """70 samples of up to three pictures in 6 shards, some of them bad; and 25 in another data set."""
+    folder = tmp_path_factory.mktemp("exact")
+    samples = [
+        made.Made(
+            [b"bad" if number in BAD else made.png(number + i) for i in range(images)],
+            made.record(number, images),
+        )
+        for number, images in ((number, (1, 0, 2, 1, 3)[number % 5]) for number in range(70))
+    ]
+    made.write(folder / "whole", samples, shards=6)
+    made.write(folder / "other", [made.ordinary(number) for number in range(25)], shards=2)
+    (folder / "exclude.txt").write_text("".join(f"{number}\n" for number in sorted(EXCLUDED)))
+    return folder
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_real_shards_give_what_was_promised(shards, monkeypatch, data):
+    """Batches as they are handed out, by workers too: samples that are good, bad and excluded are each accounted for once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shards / "cache"))
+    mixed = data.draw(st.booleans())
+    place = shards / "whole"
+    if mixed:
+        place = Mixture(
+            {"whole": (place, 1), "other": (shards / "other", data.draw(st.sampled_from(["1/2", 2])))}
+        )
+    options = {
+        "image": ImageTransform(8),
+        "text": LlavaText(ByteTokenizer()),
+        "shuffle": data.draw(st.sampled_from(["block", "full"])),
+        "plan_window": 40,
+        "exclude": data.draw(st.sampled_from([None, shards / "exclude.txt"])),
+        "split": data.draw(st.sampled_from([None, "train"])),
+        "validation": 0.2,
+        **data.draw(
+            st.sampled_from(
+                [
+                    {},
+                    {"pack_tokens": 700},
+                    {"group_by": "modality_length"},
+                    {"max_tokens": 2000, "max_tiles": 8},
+                ]
+            )
+        ),
+    }
+    state, used, lost, excluded = None, Counter(), Counter(), 0
+    for run in range(data.draw(st.integers(0, 2)), -1, -1):
+        world, workers = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([0, 0, 2]))
+        size = data.draw(st.integers(1, 6))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # entries of the list that are on the other side
+            ranks = [
+                StreamingLoader(
+                    place, batch_size=size, rank=rank, world_size=world, num_workers=workers, **options
+                )
+                for rank in range(world)
+            ]
+        for loader in ranks if state else ():
+            loader.load_state_dict(as_kept(state))
+        left = len(ranks[0])
+        steps = data.draw(st.integers(0, left - 1)) if run else left
+        for _, step in zip(range(steps), zip(*ranks, strict=True), strict=False):
+            assert all(batch.state == step[0].state for batch in step)
+            used.update(key for batch in step for key in batch.keys if key)
+            lost.update(fault.key for batch in step for fault in batch.faults)
+        excluded += sum(loader.report().excluded for loader in ranks)
+        state = ranks[0].state_dict()
+        dataset = ranks[0]._dataset
+        for loader in ranks:
+            loader.close()
+    assert (state["epoch"], state["position"]) == (1, 0)
+    for part in dataset.parts:
+        prefix = f"{part.name}/" if mixed else ""
+        numbers = set(part.stored(np.arange(part.samples)).tolist())
+        left_out = set(part.excluded.tolist()) & numbers
+        own = {
+            int(key.rpartition("/")[2]): times
+            for key, times in (used + lost).items()
+            if key.startswith(prefix)
+        }
+        if part.name != "other":
+            assert own == dict.fromkeys(numbers - left_out, 1)
+            assert {
+                int(key.rpartition("/")[2]) for key in lost if key.startswith(prefix)
+            } == numbers & BAD - left_out
+            assert mixed or excluded == len(left_out)
+        else:
+            assert set(own) <= numbers - left_out
+            assert max(own.values()) <= 2
