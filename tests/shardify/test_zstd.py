@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardify.errors import FormatError, UsageError
+from shardify.errors import FormatError
 from shardify.format.hashing import hash_file
 from shardify.format.index import index_rows, write_index
 from shardify.format.manifest import Counts, Manifest, Shard, Source, encode_manifest
@@ -375,9 +375,13 @@ def test_names():
     assert sidecar_name("a.b.tar.zst") == "a.b.parquet"
 
 
-def test_the_loader_says_that_it_reads_plain_tars(tmp_path):
+def test_the_loader_reads_them(tmp_path):
     from loaders import StreamingLoader
 
     folder = make_set(tmp_path / "data", [(10, 20)])
-    with pytest.raises(UsageError, match="plain tars only"):
-        StreamingLoader(os.fspath(folder), batch_size=1, rank=0, world_size=1)
+    loader = StreamingLoader(
+        os.fspath(folder), batch_size=1, num_workers=0, rank=0, world_size=1, on_error="raise"
+    )
+    batches = list(loader)
+    assert batches
+    assert all(batch.records[0] for batch in batches)
