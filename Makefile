@@ -1,4 +1,4 @@
-# make shards | train | test | interop | bench | bench-peers | lint   each sets up .venv first, when it is missing or its requirements changed
+# make shards | train | test | test-all | interop | bench | bench-peers | lint   each sets up .venv first, when it is missing or its requirements changed
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ PACK_OPTIONS ?=
 NPROC ?= 2
 TRAIN_OPTIONS ?=
 
-.PHONY: shards train test interop bench bench-peers lint clean
+.PHONY: shards train test test-all interop bench bench-peers lint clean
 
 shards: $(READY)
 ifeq ($(strip $(RECORDS)),)
@@ -26,8 +26,13 @@ endif
 train: shards
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py --shards $(OUT) $(TRAIN_OPTIONS)
 
+# more processes than cores: many tests wait for processes of their own
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 4 --dist worksteal
+
+# with those that take minutes: kills at random moments, chains of restarts, trainings
+test-all: $(READY)
+	SHARDIFY_SLOW_TESTS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
 
 # our shards in other loaders' own environment, .venv-interop
 interop: $(READY)

@@ -116,7 +116,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=positive, help=size)
     add("--accumulate", type=positive, default=1, help="passes in a step")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive, default=1, help="passes over the data")
+    # no default here: argparse would not see that the default was given together with --steps
+    length.add_argument(
+        "--epochs", type=positive, help="passes over the data; None: 1, unless --steps is given"
+    )
     length.add_argument("--steps", type=positive, help="steps, instead of --epochs")
     add("--lr", type=rate, help="its peak; None: pretrain 1e-3, finetune 2e-5, tiny 3e-3")
     add("--bf16", action="store_true", help="compute in bfloat16")
@@ -699,14 +702,14 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     if found:
         load_checkpoint(found[0], llava, optimizer)
     state = loader.state_dict()
-    resumed, samples = state["step"], arguments.epochs * loader.samples
+    resumed, samples = state["step"], (arguments.epochs or 1) * loader.samples
 
     def done(state: dict[str, Any]) -> float:
         """The share of the run up to a state; of epochs it counts samples, so that another batch size changes nothing."""
         return float(state["step"] / arguments.steps if arguments.steps else state["samples"] / samples)
 
     def finished(state: dict[str, Any]) -> bool:
-        count, limit = ("step", arguments.steps) if arguments.steps else ("epoch", arguments.epochs)
+        count, limit = ("step", arguments.steps) if arguments.steps else ("epoch", arguments.epochs or 1)
         return bool(state[count] >= limit)
 
     def due(every: int) -> bool:

@@ -27,3 +27,24 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set SHARDIFY_REAL_DATA to run this")
     return folder
+
+
+_SLOW = (
+    "tests/end_to_end/test_elastic.py",
+    "tests/end_to_end/test_losses.py",
+    "tests/faults/",
+    "tests/loaders/test_exactness.py",
+    "tests/test_benchmarks.py",
+)
+"""Minutes of kills, restarts and trainings: `make test-all` runs them, too."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the slow tests out, unless they are asked for by $SHARDIFY_SLOW_TESTS or by their path."""
+    asked = any(Path(argument.split("::")[0]).suffix == ".py" for argument in config.args)
+    if asked or os.environ.get("SHARDIFY_SLOW_TESTS"):
+        return
+    skip = pytest.mark.skip(reason="minutes long; `make test-all` runs it")
+    for item in items:
+        if item.nodeid.startswith(_SLOW):
+            item.add_marker(skip)
