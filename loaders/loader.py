@@ -4,6 +4,7 @@ The main process plans (`loaders.plan`) and owns the memory; workers fetch, toke
 order. The plan runs on over the end of an epoch, so that the next one's first batches are ready when it begins.
 """
 
+import atexit
 import copy
 import math
 import os
@@ -11,6 +12,7 @@ import queue
 import signal
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -86,6 +88,15 @@ class _Run:
 
 
 _foreign_runs: list[_Run] = []
+_running: "weakref.WeakSet[StreamingLoader]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before multiprocessing's own end, which sends SIGTERM to workers, who leave that to their parent, and waits for them for ever."""
+    for loader in list(_running):
+        with suppress(Exception):
+            loader.close()
 
 
 class StreamingLoader:
@@ -397,6 +408,7 @@ class StreamingLoader:
         if self._run is None or self._run.process != os.getpid():
             self.close()
             self._run = self._start()
+            _running.add(self)
         run = self._run
         try:
             ready = _ready(run.built)
