@@ -256,11 +256,8 @@ class StreamingLoader:
             self._measure = tiles.instead_of_images(self._measure)
             self._length_settings["tiles"] = image.fingerprint
         self._max_tiles = max_tiles
-        if len(self._dataset) < self.world_size:
-            warnings.warn(
-                f"{len(self._dataset)} samples for {self.world_size} ranks: some ranks see fillers alone",
-                stacklevel=2,
-            )
+        if warning := self._few():
+            warnings.warn(warning, stacklevel=2)
         self._report = LoaderReport()
         self._stats = StatsRecorder()
         self._run: _Run | None = None
@@ -385,6 +382,17 @@ class StreamingLoader:
             "world_size": self.world_size,
             "drop_last": self._drop_last,
         }
+
+    def _few(self) -> str:
+        """What to say of a data set too small for its batches; empty when it is not."""
+        samples, size = len(self._dataset), self._global_batch_size
+        if not samples:
+            return "there are no samples: no batch will come"
+        if self._drop_last and not self._packed and size is not None and samples < size:
+            return f"{samples} samples, fewer than a global batch of {size}: drop_last leaves no full batch"
+        if samples < self.world_size:
+            return f"{samples} samples for {self.world_size} ranks: some ranks see fillers alone"
+        return ""
 
     def _first_state(self, lanes: int) -> State:
         return make_state(

@@ -150,7 +150,10 @@ def _work(
 
     with rare_collections():
         while True:
-            message = connection.recv()
+            try:
+                message = connection.recv()
+            except (EOFError, ConnectionResetError):  # the parent has ended, or is about to
+                return
             if message is None:
                 return
             number, item = message

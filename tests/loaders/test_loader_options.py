@@ -388,3 +388,13 @@ def test_what_images_count_may_not_change_where_it_decides_about_batches(mixed_d
     state = next(iter(make(mixed_data, batch_size=4, max_tiles=6, image_tokens=5))).state
     with pytest.raises(StateError, match="image_tokens is 5 in the state, 50 here"):
         make(mixed_data, batch_size=4, max_tiles=6, image_tokens=50).load_state_dict(state)
+
+
+def test_a_data_set_too_small_for_its_batches_says_so(tmp_path, made):
+    data = made.write(tmp_path / "few", [made.ordinary(i) for i in range(5)], shards=1)
+    with pytest.warns(UserWarning, match="5 samples, fewer than a global batch of 8: drop_last"):
+        loader = make(data, drop_last=True)
+    assert list(loader) == []
+    empty = made.write(tmp_path / "none", [], shards=1)
+    with pytest.warns(UserWarning, match="no samples: no batch will come"):
+        make(empty)
