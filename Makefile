@@ -26,13 +26,15 @@ endif
 train: shards
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py --shards $(OUT) $(TRAIN_OPTIONS)
 
-# more processes than cores: many tests wait for processes of their own
-test: $(READY)
-	$(BIN)/python -m pytest -n 4 --dist worksteal
+# more processes than cores: many tests wait for processes of their own; each with one thread for sums, which would wait for one another busily
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
 
-# with those that take minutes: kills at random moments, chains of restarts, trainings
+test: $(READY)
+	$(PYTEST)
+
+# the property tests that take long with all their examples, too
 test-all: $(READY)
-	SHARDIFY_SLOW_TESTS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
+	SHARDIFY_THOROUGH=1 $(PYTEST)
 
 # our shards in other loaders' own environment, .venv-interop
 interop: $(READY)

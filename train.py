@@ -7,15 +7,10 @@ default model, ``tiny``, is made from a configuration and needs no download. doc
 """
 
 import argparse
-import importlib
-import json
 import math
 import os
 import shutil
 import sys
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,44 +23,38 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_loader import load as load_shares
-from torch.distributed.checkpoint.state_dict_saver import save as save_shares
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.hub import cached_file
 
 from loaders import Batch, DevicePrefetcher, ImageTransform, LlavaText, StreamingLoader
-from loaders.text import IGNORE_INDEX, IMAGE_TOKEN, ByteTokenizer, Tokenizer
-from shardify.errors import ShardifyError, StateError, UsageError
+from loaders.text import IGNORE_INDEX, ByteTokenizer, Tokenizer
+from loaders.training import (
+    Progress,
+    expand_images,
+    load_checkpoint,
+    newest_checkpoint,
+    open_log,
+    require_agreement,
+    require_writable,
+    save_checkpoint,
+    write_trace,
+)
+from shardify.errors import ShardifyError, UsageError
 
 WARM_UP = 0.03  # of the run; then a cosine down to nothing
 MAX_GRADIENT_NORM = 1.0
-CHECKPOINTS_KEPT = 2
-TRAINED_ALONE = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is frozen comes from --model
-SECONDS_BETWEEN_LINES = 5.0  # of progress, where there is no terminal for a bar
 PREPROCESSING = (  # files of a model that are exported as they are
     "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
     "chat_template.json chat_template.jinja processor_config.json preprocessor_config.json"
 )
 Split = Literal["train", "validation"] | None
 GROUPS = ("none", "modality", "length", "modality_length")
-
-
-class CheckpointError(ShardifyError):
-    """A checkpoint that cannot be written, read, or continued."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,67 +249,6 @@ def share_out(
     return fully_shard(model, mesh=mesh, mp_policy=precision)
 
 
-def expand(batch: Batch, *, image_token: int, tokens_per_image: int, max_length: int) -> Batch:
-    """Replace each -200 by as many image tokens as an image has features.
-
-        tokens of a row     images     with 3 features an image
-        1 -200 7 8          a          1 I I I 7 8               a
-        1 -200 9            b c        1 I I I 9 padding         b; no token asks for c
-
-    A sample longer than `max_length` is cut there, or before the image that this would cut in two; images behind the cut are left out.
-    """
-    assert batch.input_ids is not None
-    assert batch.labels is not None
-    assert batch.attention_mask is not None
-    assert isinstance(batch.images, Tensor)
-    packed = batch.segment_ids is not None
-    segments = batch.attention_mask.long() if batch.segment_ids is None else batch.segment_ids
-    rows, wanted = [], []
-    for row, columns in enumerate(
-        zip(batch.input_ids, batch.labels, batch.attention_mask, segments, strict=True)
-    ):
-        is_image, begins = columns[0] == IMAGE_TOKEN, _begins(columns[3])
-        repeats = torch.where(is_image, tokens_per_image, 1)
-        ends = repeats.cumsum(0)
-        kept = ends - torch.where(begins, ends - repeats, 0).cummax(0).values <= max_length
-        rows.append([column[kept].repeat_interleave(repeats[kept]) for column in columns])
-        samples = (batch.valid & (batch.rows == row)).nonzero().flatten().tolist()
-        asked = columns[3][kept & is_image].bincount(minlength=len(samples) + 1)
-        for sample, count in zip(samples, asked[1:].tolist(), strict=True):
-            wanted.append((batch.image_samples == sample).nonzero().flatten()[:count])
-    input_ids, labels, attention_mask, segments = (
-        pad_sequence(list(column), batch_first=True, padding_value=padding)
-        for column, padding in zip(zip(*rows, strict=True), (0, IGNORE_INDEX, False, 0), strict=True)
-    )
-    # where a text without image says "<image>", a tokenizer that has this token writes it; the model would look for an image
-    written, begins = input_ids == image_token, _begins(segments)
-    labels[written | begins | (input_ids == IMAGE_TOKEN)] = (
-        IGNORE_INDEX  # nor is a sample foretold by the one before
-    )
-    input_ids[written] = 0
-    input_ids[input_ids == IMAGE_TOKEN] = image_token
-    length = int(attention_mask.any(0).nonzero().max()) + 1  # rows that grew may not have been the longest
-    places = torch.arange(segments.shape[1]).expand_as(segments)
-    positions = places - torch.where(begins, places, 0).cummax(1).values
-    images = torch.cat(wanted) if wanted else torch.empty(0, dtype=torch.int64)
-    every = len(images) == len(batch.images)
-    return replace(
-        batch,
-        input_ids=input_ids[:, :length],
-        labels=labels[:, :length],
-        attention_mask=attention_mask[:, :length],
-        position_ids=positions[:, :length] if packed else None,
-        segment_ids=segments[:, :length] if packed else None,
-        images=batch.images if every else batch.images[images],
-        image_samples=batch.image_samples if every else batch.image_samples[images],
-    )
-
-
-def _begins(segments: Tensor) -> Tensor:
-    """Where samples, and the padding, begin: bool [..., L]."""
-    return segments.diff(prepend=segments.new_full((*segments.shape[:-1], 1), -1)) != 0
-
-
 def supervised(batch: Batch) -> Tensor:
     """Tokens that are trained on: int64 []."""
     assert batch.labels is not None
@@ -394,101 +322,6 @@ def learning_rate(peak: float, progress: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
 
 
-def require_writable(folder: Path, option: str) -> None:
-    """Make a folder that is written to later, or say now that it cannot be.
-
-    Raises:
-        UsageError: it is no folder, or nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"{option} {folder}: cannot be written to: {error.strerror}") from error
-
-
-def save_checkpoint(
-    folder: Path, llava: Any, optimizer: torch.optim.Optimizer, facts: dict[str, Any]
-) -> None:
-    """Write a checkpoint, every rank its share, whole or, when killed meanwhile, not at all; drop the oldest.
-
-        step-000000500/state.json     the facts: the loader's state among them, see docs/explain.md
-                       .metadata, *.distcp     torch.distributed.checkpoint: what is trained, and its optimizer
-
-    Raises:
-        CheckpointError: it cannot be written, the disk being full, say.
-    """
-    path, unfinished = folder / f"step-{facts['step']:09d}", folder / "unfinished"
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    try:
-        if first:
-            shutil.rmtree(unfinished, ignore_errors=True)  # what a kill has left
-        model, moments = get_state_dict(llava, optimizer, options=TRAINED_ALONE)
-        written = save_shares({"model": model, "optimizer": moments}, checkpoint_id=unfinished)
-        if not first:
-            return
-        parts = {part.relative_path for part in written.storage_data.values()}
-        if missing := sorted(part for part in parts if not (unfinished / part).exists()):
-            raise CheckpointError(f"{path}: {missing[0]} is not there; do all processes see this folder?")
-        with (unfinished / "state.json").open("w") as file:
-            json.dump(facts, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(unfinished, path)
-        for changed in (path, folder):
-            directory = os.open(changed, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
-        for old in sorted(folder.glob("step-*"))[:-CHECKPOINTS_KEPT]:
-            shutil.rmtree(old)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
-
-
-def newest_checkpoint(folder: Path, identity: dict[str, str]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint in a folder that all ranks see, if there is one, and its facts; it must be of this model and stage.
-
-    Raises:
-        CheckpointError: it cannot be read, or is none of this run's.
-    """
-    newest = max(folder.glob("step-*"), default=None)
-    if newest is None:
-        return None
-    try:
-        facts = json.loads((newest / "state.json").read_text())
-        missing = [name for name in (*identity, "step", "loader") if name not in facts]
-    except (OSError, ValueError, TypeError) as error:
-        raise _unreadable(newest, error) from error
-    if missing:
-        raise CheckpointError(f"{newest} is no checkpoint of train.py: {', '.join(missing)} missing")
-    for name, value in identity.items():
-        if facts[name] != value:
-            raise CheckpointError(
-                f"{newest} has --{name} {facts[name]}, not {value}; choose another --checkpoint-dir"
-            )
-    return newest, facts
-
-
-def load_checkpoint(path: Path, llava: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Continue with what was trained, on any number of ranks, shared out or not.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    model, moments = get_state_dict(llava, optimizer, options=TRAINED_ALONE)
-    try:
-        load_shares({"model": model, "optimizer": moments}, checkpoint_id=path)
-    except (Exception, CheckpointException) as error:
-        raise _unreadable(path, error) from error
-    set_state_dict(llava, optimizer, model_state_dict=model, optim_state_dict=moments, options=TRAINED_ALONE)
-
-
-def _unreadable(path: Path, error: BaseException) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of torch's, a traceback as text
-    return CheckpointError(f"{path} cannot be read ({reason}); delete it to continue from the one before")
-
-
 def export(folder: Path, name: str, llava: Any) -> None:
     """Write a model as `from_pretrained` loads it, in its own dtype, with what its texts and images were prepared by."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -502,130 +335,6 @@ def export(folder: Path, name: str, llava: Any) -> None:
             shutil.copy(str(cached_file(name, file)), folder)
         except OSError:  # which says that the model has no such file
             continue
-
-
-def require_agreement(loader: StreamingLoader) -> None:
-    """All ranks must begin at the same step, over the same shards: else they would repeat data, and wait for each other for ever.
-
-    Raises:
-        StateError: they do not, with what each rank has.
-    """
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (len(loader), loader.state_dict()))
-    if any(rank != ranks[0] for rank in ranks):
-        told = "; ".join(
-            f"rank {rank} is at step {state['step']}, with {left} batches left of {state['fingerprint']['samples']} samples"
-            f" in {state['fingerprint']['shards']} shards ({state['fingerprint']['digest'][:8]})"
-            for rank, (left, state) in enumerate(ranks)
-        )
-        raise StateError(f"the ranks do not see the same shards and checkpoints: {told}")
-
-
-def write_trace(folder: Path, batch: Batch, loss: float, **where: int) -> None:
-    """A line for one step: the valid samples of this rank, its tokens that are trained on, and the loss of all ranks."""
-    valid = batch.valid.nonzero().flatten().tolist()
-    line = where | {
-        "positions": batch.positions[valid].tolist(),
-        "keys": [batch.keys[sample] for sample in valid],
-        "supervised": int(supervised(batch)),
-        "loss": loss,
-    }
-    with (folder / f"rank{dist.get_rank()}.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def open_log(name: str | None, settings: dict[str, Any]) -> Callable[[dict[str, float], int], Any]:
-    """What takes scalars and their step: TensorBoard's writer or wandb on rank 0, nothing elsewhere.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    if name is None:
-        return lambda scalars, step: None  # noqa: ARG005 - as the others
-    try:
-        module: Any = importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
-    except ImportError as error:
-        raise UsageError(f"--log {name}: it is not installed; pip install {name}") from error
-    if dist.get_rank() != 0:
-        return lambda scalars, step: None  # noqa: ARG005
-    if name == "wandb":
-        run = module.init(config={key: str(value) for key, value in settings.items()})
-        return lambda scalars, step: run.log(scalars, step=step)
-    writer = module.SummaryWriter()
-
-    def write(scalars: dict[str, float], step: int) -> None:
-        for key, value in scalars.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
-
-    return write
-
-
-class Progress:
-    """What rank 0 tells of a run: a bar, or lines where there is no terminal, and a summary."""
-
-    def __init__(self, loader: StreamingLoader, batches: DevicePrefetcher, seen: int, done: float) -> None:
-        self._shown = dist.get_rank() == 0
-        self._loader, self._batches = loader, batches
-        bar = self._shown and sys.stderr.isatty()
-        form = "{percentage:.1f} %|{bar}| {elapsed}<{remaining}{postfix}"
-        self._bar = tqdm(initial=done, total=1.0, bar_format=form, disable=not bar)
-        self._done = done
-        self._first = self._seen = seen
-        self._losses: list[float] = []
-        self._began = self._told = time.perf_counter()
-
-    def step(self, state: dict[str, Any], done: float, loss: float) -> None:
-        """A step is done, and with it this share of the run."""
-        self._losses.append(loss)
-        self._seen, self._done, more = state["samples"], done, done - self._done
-        told = f"step {state['step']}, loss {loss:.3f}, {self._pace()}; loader {self._loader.stats().line()}"
-        self._bar.set_postfix_str(told, refresh=False)
-        self._bar.update(more)
-        if self._bar.disable and time.perf_counter() - self._told > SECONDS_BETWEEN_LINES:
-            self._told = time.perf_counter()
-            self.say(f"{done:.1%}: {told}")
-
-    def scalars(self, loss: float, rate: float, norm: float) -> dict[str, float]:
-        """What is logged of a step."""
-        own = {"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": norm}
-        return own | self._loader.stats().as_scalars() | self._batches.stats().as_scalars()
-
-    def close(self) -> None:
-        """The summary, with what all ranks' loaders report.
-
-        Raises:
-            UsageError: nothing was trained on.
-        """
-        self._bar.close()
-        counts: list[Any] = [None] * dist.get_world_size()
-        report = self._batches.report()
-        dist.all_gather_object(counts, (report.faults, report.notes))
-        if not self._losses:
-            return
-        tenth = math.ceil(len(self._losses) / 10)
-        first, last = (sum(part) / tenth for part in (self._losses[:tenth], self._losses[-tenth:]))
-        if not any(self._losses):
-            reasons: Counter[str] = sum((found for count in counts for found in count), Counter())
-            told = ", ".join(f"{code} {count}" for code, count in reasons.most_common(3))
-            raise UsageError(
-                f"no token of any sample was trained on ({told or 'no answer in the conversations'})"
-            )
-        self.say(f"done: {len(self._losses)} steps, {self._seen - self._first} samples, {self._pace()}")
-        self.say(f"loss: {first:.3f} in the first tenth of the steps, {last:.3f} in the last")
-        for what, found in zip(("left out", "noted"), zip(*counts, strict=True), strict=True):
-            for code, count in sorted(sum(found, Counter()).items()):
-                self.say(f"{what}: {count} samples: {code}")
-
-    def say(self, text: str) -> None:
-        """Print a line, once for all ranks."""
-        if self._shown:
-            print(text, flush=True)
-
-    def _pace(self) -> str:
-        seconds = time.perf_counter() - self._began
-        waited = self._batches.stats().wait / seconds
-        return f"{(self._seen - self._first) / seconds:.1f} samples/s, {waited:.0%} waiting for data"
 
 
 def make_loader(
@@ -681,7 +390,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     make = partial(make_loader, arguments, stage, text=text, image=image, image_tokens=image_tokens)
     loader = make("train" if arguments.validation else None)
     tokens = {"image_token": config.image_token_id, "tokens_per_image": image_tokens}
-    prepare = partial(expand, **tokens, max_length=arguments.max_length)
+    prepare = partial(expand_images, **tokens, max_length=arguments.max_length)
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     batches, held_out = DevicePrefetcher(loader, device, dtype, prepare=prepare), None
     if arguments.validation:
@@ -734,8 +443,13 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
         optimizer.zero_grad()
 
         if arguments.trace:  # before the ranks meet at a checkpoint: what is in it is in every rank's trace
-            where = {"resumed": resumed, "step": step, "epoch": before["epoch"]}
-            write_trace(arguments.trace, batch, loss, world_size=dist.get_world_size(), **where)
+            where = {
+                "resumed": resumed,
+                "step": step,
+                "epoch": before["epoch"],
+                "world_size": dist.get_world_size(),
+            }
+            write_trace(arguments.trace, batch, loss, supervised=int(supervised(batch)), **where)
         progress.step(state, done(state), loss)
         if arguments.log:
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

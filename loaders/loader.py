@@ -21,12 +21,13 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from loaders.arguments import integer, seconds
 from loaders.batch import Batch
-from loaders.batching import Cursor, GroupBy, make_batching
+from loaders.batching import FILLER, Cursor, GroupBy, make_batching
 from loaders.build import BatchBuilder, BatchPlan, Built, ImageFit, Text, Transform
 from loaders.collate import collate
 from loaders.dataset import described, open_dataset
@@ -434,7 +435,7 @@ class StreamingLoader:
                 slab=pending.slab,
                 slabs=run.slabs,
             )
-            self._account(built, batch, pending, waited=waited, ready=ready)
+            self._account(built, pending, waited=waited, ready=ready)
             self._state = pending.state
         except BaseException:
             # plans and batches may be out of step now: the next `for` plans anew from the last batch handed out
@@ -465,11 +466,11 @@ class StreamingLoader:
         run.remote.check()
         return built
 
-    def _account(self, built: Built, batch: Batch, pending: _Pending, *, waited: float, ready: int) -> None:
+    def _account(self, built: Built, pending: _Pending, *, waited: float, ready: int) -> None:
         """Count a batch, and end the run when too many samples are bad."""
         overflowed = pending.has_images and built.memory is not None
         self._report.add(
-            samples=int(batch.valid.sum()),
+            samples=int(np.count_nonzero(built.positions != FILLER)),
             faults=built.faults,
             notes=built.notes,
             excluded=built.excluded,

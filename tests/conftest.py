@@ -29,22 +29,20 @@ def real_data() -> Path:
     return folder
 
 
-_SLOW = (
-    "tests/end_to_end/test_elastic.py",
-    "tests/end_to_end/test_losses.py",
-    "tests/faults/",
-    "tests/loaders/test_exactness.py",
-    "tests/test_benchmarks.py",
-)
-"""Minutes of kills, restarts and trainings: `make test-all` runs them, too."""
+_shortened: set[object] = set()
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the slow tests out, unless they are asked for by $SHARDIFY_SLOW_TESTS or by their path."""
-    asked = any(Path(argument.split("::")[0]).suffix == ".py" for argument in config.args)
-    if asked or os.environ.get("SHARDIFY_SLOW_TESTS"):
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Property tests marked `long` try a quarter of their examples, unless all are asked for by $SHARDIFY_THOROUGH."""
+    if os.environ.get("SHARDIFY_THOROUGH"):
         return
-    skip = pytest.mark.skip(reason="minutes long; `make test-all` runs it")
     for item in items:
-        if item.nodeid.startswith(_SLOW):
-            item.add_marker(skip)
+        if item.get_closest_marker("long") and isinstance(item, pytest.Function):
+            test = item.function
+            if test not in _shortened:
+                _shortened.add(test)
+                # hypothesis has no other way to change the settings of a test from outside
+                asked = test._hypothesis_internal_use_settings
+                test._hypothesis_internal_use_settings = settings(
+                    asked, max_examples=max(5, asked.max_examples // 4)
+                )

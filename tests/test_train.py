@@ -15,6 +15,14 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from loaders import Batch, StreamingLoader
+from loaders.training import (
+    CheckpointError,
+    expand_images,
+    load_checkpoint,
+    newest_checkpoint,
+    require_writable,
+    save_checkpoint,
+)
 from shardify.convert import PackOptions, pack_dataset
 from shardify.errors import UsageError
 
@@ -53,7 +61,7 @@ def make_batch(rows, image_samples=(), side=56):
 
 
 def expand(batch, *, tokens_per_image=3, max_length=100):
-    return train.expand(batch, image_token=IMAGE, tokens_per_image=tokens_per_image, max_length=max_length)
+    return expand_images(batch, image_token=IMAGE, tokens_per_image=tokens_per_image, max_length=max_length)
 
 
 class TestExpand:
@@ -296,21 +304,21 @@ class TestCheckpoints:
         optimizer = torch.optim.AdamW(model.trained.parameters(), lr=value)
         model.trained(torch.ones(2)).backward()
         optimizer.step()
-        train.save_checkpoint(folder, model, optimizer, IDENTITY | {"step": step, "loader": {"epoch": 0}})
+        save_checkpoint(folder, model, optimizer, IDENTITY | {"step": step, "loader": {"epoch": 0}})
         return model, optimizer
 
     def test_the_newest_is_loaded_and_two_are_kept(self, tmp_path):
         folder = tmp_path / "new" / "folder"
-        train.require_writable(folder, "--checkpoint-dir")
-        assert train.newest_checkpoint(folder, IDENTITY) is None
+        require_writable(folder, "--checkpoint-dir")
+        assert newest_checkpoint(folder, IDENTITY) is None
         for step in (9, 10, 100):
             saved, moments = self.save(folder, step, value=step)
         assert sorted(path.name for path in folder.iterdir()) == ["step-000000010", "step-000000100"]
-        path, facts = train.newest_checkpoint(folder, IDENTITY)
+        path, facts = newest_checkpoint(folder, IDENTITY)
         assert (facts["step"], facts["loader"]) == (100, {"epoch": 0})
         model = Frozen(5.0)
         optimizer = torch.optim.AdamW(model.trained.parameters(), lr=1.0)
-        train.load_checkpoint(path, model, optimizer)
+        load_checkpoint(path, model, optimizer)
         assert torch.equal(model.trained.weight, saved.trained.weight)
         assert model.frozen.weight.unique().tolist() == [5.0]  # not of the checkpoint
         before, after = (each.state_dict()["state"] for each in (moments, optimizer))
@@ -319,36 +327,36 @@ class TestCheckpoints:
     def test_what_a_kill_left_half_written_is_not_taken(self, tmp_path):
         self.save(tmp_path, 1)
         (tmp_path / "unfinished").mkdir()
-        assert train.newest_checkpoint(tmp_path, IDENTITY)[1]["step"] == 1
+        assert newest_checkpoint(tmp_path, IDENTITY)[1]["step"] == 1
 
     def test_another_stage_is_refused(self, tmp_path):
         self.save(tmp_path, 1)
-        with pytest.raises(train.CheckpointError, match=r"--stage finetune, not pretrain"):
-            train.newest_checkpoint(tmp_path, IDENTITY | {"stage": "pretrain"})
+        with pytest.raises(CheckpointError, match=r"--stage finetune, not pretrain"):
+            newest_checkpoint(tmp_path, IDENTITY | {"stage": "pretrain"})
 
     def test_damaged_weights_are_told(self, tmp_path):
         model, optimizer = self.save(tmp_path, 1)
         (shares,) = (tmp_path / "step-000000001").glob("*.distcp")
         shares.write_bytes(shares.read_bytes()[:100])
-        with pytest.raises(train.CheckpointError, match=r"step-000000001 cannot be read.*delete it"):
-            train.load_checkpoint(tmp_path / "step-000000001", model, optimizer)
+        with pytest.raises(CheckpointError, match=r"step-000000001 cannot be read.*delete it"):
+            load_checkpoint(tmp_path / "step-000000001", model, optimizer)
 
     @pytest.mark.parametrize("content", ["", "{", "[1]", '{"step": 1}', None])
     def test_other_content_is_told(self, tmp_path, content):
         (tmp_path / "step-000000001").mkdir()
         if content is not None:
             (tmp_path / "step-000000001/state.json").write_text(content)
-        with pytest.raises(train.CheckpointError, match=r"step-000000001 (cannot be read|is no checkpoint)"):
-            train.newest_checkpoint(tmp_path, IDENTITY)
+        with pytest.raises(CheckpointError, match=r"step-000000001 (cannot be read|is no checkpoint)"):
+            newest_checkpoint(tmp_path, IDENTITY)
 
     def test_a_folder_that_cannot_be_written_to_is_refused_at_once(self, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(UsageError, match=r"--checkpoint-dir .*file/x: cannot be written to"):
-            train.require_writable(tmp_path / "file" / "x", "--checkpoint-dir")
+            require_writable(tmp_path / "file" / "x", "--checkpoint-dir")
 
     def test_a_checkpoint_that_cannot_be_written_is_one_message(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(train.CheckpointError, match="cannot be written"):
+        with pytest.raises(CheckpointError, match="cannot be written"):
             self.save(tmp_path / "file", 1)
 
 

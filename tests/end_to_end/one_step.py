@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train
+from loaders.training import expand_images
 
 shards, stage_name, batch_size, out = sys.argv[1:]
 device = train.join_ranks()
@@ -24,7 +25,7 @@ loader = train.StreamingLoader(
 
 
 def expand(batch):
-    return train.expand(batch, image_token=config.image_token_id, tokens_per_image=16, max_length=2048)
+    return expand_images(batch, image_token=config.image_token_id, tokens_per_image=16, max_length=2048)
 
 
 batch = next(iter(train.DevicePrefetcher(loader, device, prepare=expand)))

@@ -313,6 +313,7 @@ def skipped_of(whole, own, first, state, skip):
     return left_out
 
 
+@pytest.mark.long
 @settings(max_examples=60)
 @given(data=st.data())
 def test_every_epoch_of_a_data_set_is_covered_exactly(data):
@@ -335,6 +336,7 @@ def test_every_epoch_of_a_data_set_is_covered_exactly(data):
 RATES = ["1/3", "1/2", "2/3", "0.1", "1", "3/2", "2"]
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(data=st.data())
 def test_every_epoch_of_a_mixture_holds_its_shares(data):
@@ -365,6 +367,7 @@ def check_rounds(counts, numbers):
     assert all(counts.get(number, 0) >= most - 1 for number in numbers)
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(data=st.data())
 def test_what_is_dropped_is_all_that_is_missing(data):
@@ -384,6 +387,7 @@ def test_what_is_dropped_is_all_that_is_missing(data):
         assert len(used) == len(source.numbers())
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(data=st.data())
 def test_a_data_set_may_grow_at_every_resume(data):
@@ -424,6 +428,7 @@ def any_begun(state):
     return state["position"] > 0 or state["window"] > 0 or bool(state["legs"]) or state["offset"] > 0
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(data=st.data())
 def test_a_mixture_may_change_and_grow_at_every_resume(data):

@@ -737,6 +737,7 @@ def legs(draw):
     }
 
 
+@pytest.mark.long
 @settings(max_examples=20)
 @given(
     plan=st.sampled_from(sorted(set(PLANS) - {"train side"})),

@@ -351,7 +351,7 @@ def test_golden_outputs_of_clips_processor(real_data: Path):
         values = transform.normalize(transform((real_data / item["file"]).read_bytes()))
         sampled = values.flatten()[torch.tensor(item["sample_idx"])]
         difference = (sampled - torch.tensor(item["sample"])).abs()
-        assert difference.max() <= 0.0301, item["file"]
+        assert difference.max() <= 0.03, item["file"]
         assert difference.mean() <= 0.002, item["file"]
         assert (values.mean(dim=(1, 2)) - torch.tensor(item["mean"])).abs().max() <= 0.002, item["file"]
 

@@ -135,6 +135,7 @@ def test_weights_share_out_every_epoch_exactly(parts, order, samples):
             check_rounds(seen[name], size)
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(
     parts=mixtures(),

@@ -57,6 +57,7 @@ def valid(ranks):
     return [int(sample) for rank in ranks for batch in rank for sample in batch if sample >= 0]
 
 
+@pytest.mark.long
 @settings(max_examples=80)
 @given(order=orders(), epoch=st.integers(0, 1000), world=WORLDS, batch=BATCHES)
 def test_an_epoch_is_an_exact_cover_with_equal_batches(order, epoch, world, batch):
@@ -68,6 +69,7 @@ def test_an_epoch_is_an_exact_cover_with_equal_batches(order, epoch, world, batc
     assert sum(fillers) < world
 
 
+@pytest.mark.long
 @settings(max_examples=60)
 @given(order=orders(), epoch=st.integers(0, 100), data=st.data())
 def test_a_chain_of_resumes_under_other_worlds_completes_the_cover(order, epoch, data):

@@ -146,6 +146,7 @@ def items_of(run, step):
     return sum(bool(seen([batch])) for batch in step) if run.budget else len(rows_of(step))
 
 
+@pytest.mark.long
 @settings(max_examples=80)
 @given(data=st.data())
 def test_a_chain_of_resumes_completes_the_cover(data):

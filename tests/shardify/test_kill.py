@@ -18,14 +18,14 @@ import xxhash
 from PIL import Image
 
 SHARDS = 24
-RECORDS = 1200
+RECORDS = 720
 CASES = [share / 100 for share in range(5, 100, 10)]
 MIXED_CASES = 6
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """400 MB of samples made of a few photo-sized JPEGs, two records of which must be set aside."""
+    """240 MB of samples made of a few photo-sized JPEGs, two records of which must be set aside."""
     folder = tmp_path_factory.mktemp("kill")
     (folder / "images").mkdir()
     random = np.random.default_rng(0)

@@ -141,6 +141,7 @@ def test_sets_without_a_manifest_are_checked_by_their_sidecars(data, foreign, ch
     assert not list(foreign.glob("*.parquet"))  # looking changes nothing
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32))
 def test_any_damage_to_a_shard_is_noticed_and_named(data, check, seed):
@@ -154,6 +155,7 @@ def test_any_damage_to_a_shard_is_noticed_and_named(data, check, seed):
     assert all(line.startswith(f"{data}/{name}: ") for line in lines)
 
 
+@pytest.mark.long
 @settings(max_examples=20)
 @given(seed=st.integers(0, 2**32))
 def test_any_damage_to_shards_of_others_is_noticed_and_named(foreign, check, seed):
@@ -167,6 +169,7 @@ def test_any_damage_to_shards_of_others_is_noticed_and_named(foreign, check, see
     assert all(line.startswith(f"{foreign}/{name}: ") for line in lines)
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32))
 def test_any_damage_to_the_other_files_is_noticed_and_named(data, check, seed):
@@ -180,6 +183,7 @@ def test_any_damage_to_the_other_files_is_noticed_and_named(data, check, seed):
     assert all(line.startswith(f"{data}/{name}: ") for line in lines)
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32))
 def test_no_damage_to_the_manifest_or_a_lone_sidecar_makes_it_fail(data, capsys, seed):
