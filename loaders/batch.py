@@ -18,8 +18,8 @@ class SampleFault:
     Attributes:
         position: in the epoch.
         key: in its shard; empty when the shard could not be read so far.
-        shard: path of the tar.
-        offset: of the sample in it, in bytes.
+        shard: path of the tar; empty where it is not known, as of images decoded on the device.
+        offset: of the sample in it, in bytes; -1 where it is not known.
         code: the reason code.
         detail: what was seen.
     """
@@ -30,6 +30,10 @@ class SampleFault:
     offset: int
     code: str
     detail: str
+
+    def __str__(self) -> str:
+        place = f"{self.shard} offset {self.offset}, " if self.shard else ""
+        return f"{self.code} ({self.detail}), {place}key {self.key or 'unknown'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

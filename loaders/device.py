@@ -11,9 +11,8 @@ of the last batch handed out.
 """
 
 import copy
-import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -25,14 +24,12 @@ from loaders.batch import Batch, SampleFault
 from loaders.image import ImageTransform
 from loaders.loader import StreamingLoader
 from loaders.nvjpeg import NvjpegDecoder, invalidate
-from loaders.report import MAX_FAULTS, LoaderReport
+from loaders.report import LoaderReport
 from loaders.state import State
 from loaders.stats import DeviceStats
-from shardify.errors import UsageError
+from shardify.errors import LoaderError, UsageError
 
 Decode = Literal["cpu", "nvjpeg"]
-
-_log = logging.getLogger("loaders")
 
 
 @runtime_checkable
@@ -58,7 +55,8 @@ class DevicePrefetcher:
     """Iterates like its loader; the batches are on `device`, their images normalised.
 
     ``for batch in prefetcher`` runs to the end of the epoch, and continues it after a ``break``. Once it is iterated, ask the prefetcher,
-    not the loader, for states, lengths and the epoch: the loader is ahead. Exceptions of the loader come out where the batch would.
+    not the loader, for states, lengths and the epoch: the loader is ahead. Exceptions of the loader come out where the batch would. The
+    loader's `on_error` and `max_errors` hold for images that only the device finds bad, too.
 
     Args:
         loader: gives the batches.
@@ -103,8 +101,6 @@ class DevicePrefetcher:
         self._ahead: deque[_Ahead] = deque()
         self._state: State = {}  # before the first batch ahead, when there is one
         self._epoch = -1  # of what is ahead
-        self._faults: Counter[str] = Counter()
-        self._listed: list[SampleFault] = []  # the first of them
         self._batches = 0
         self._waited = self._moving = 0.0
         self._images = self._on_host = 0
@@ -147,12 +143,8 @@ class DevicePrefetcher:
         self._loader.close()
 
     def report(self) -> LoaderReport:
-        """The loader's report, which is ahead by what is on the device, with the images that could not be decoded there."""
-        report = self._loader.report()
-        report.samples -= self._faults.total()
-        report.faults.update(self._faults)
-        report.listed += self._listed[: max(0, MAX_FAULTS - len(report.listed))]
-        return report
+        """The loader's report, with the images that could not be decoded on the device; ahead by what waits there."""
+        return self._loader.report()
 
     def stats(self) -> DeviceStats:
         """What the batches handed out have cost here; the loader's own figures are `loader.stats()`."""
@@ -240,27 +232,18 @@ class DevicePrefetcher:
                 self._ahead.popleft()
             raise error
         assert item.batch is not None
+        if item.faults:
+            try:
+                self._loader.leave_out(item.faults)
+            except LoaderError:
+                self.close()  # as the loader: the next `for` begins with this batch
+                raise
         if self._stream is not None and item.ready is not None:
             self._stream.hand_over(item.batch, item.ready)
         self._ahead.popleft()
         self._state = copy.deepcopy(item.batch.state)
         self._batches += 1
-        for fault in item.faults:
-            self._tell(fault)
         return item.batch
-
-    def _tell(self, fault: SampleFault) -> None:
-        """Count a sample left out on the device; the first of each code is logged as a warning."""
-        if not self._faults[fault.code]:
-            _log.warning(
-                "sample left out on the device: %s (%s), key %s; further ones of this kind are only counted in report()",
-                fault.code,
-                fault.detail,
-                fault.key,
-            )
-        self._faults[fault.code] += 1
-        if len(self._listed) < MAX_FAULTS:
-            self._listed.append(fault)
 
 
 class _SideStream:
@@ -304,15 +287,16 @@ def _event(stream: Any) -> torch.cuda.Event:
     return event
 
 
-def _device(device: torch.device | str) -> torch.device:
+def _device(name: torch.device | str) -> torch.device:
     try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device={device!r}: {error}") from None
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"device={str(device)!r}: torch finds no CUDA device here")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch has both for what is not there
+        raise UsageError(f"device={str(name)!r}: {error}") from None
     if device.type != "cuda":
         return device
-    if not torch.cuda.is_available():
-        raise UsageError(f"device={str(device)!r}: torch finds no CUDA device here")
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from loaders.arguments import integer, seconds
-from loaders.batch import Batch
+from loaders.batch import Batch, SampleFault
 from loaders.batching import FILLER, Cursor, GroupBy, make_batching
 from loaders.build import BatchBuilder, BatchPlan, Built, ImageFit, Text, Transform
 from loaders.collate import collate
@@ -334,6 +334,15 @@ class StreamingLoader:
     def report(self) -> LoaderReport:
         """What went wrong or was odd in the batches handed out so far, on this rank."""
         return copy.deepcopy(self._report)
+
+    def leave_out(self, faults: Sequence[SampleFault]) -> None:
+        """Count samples that turned out bad after their batch was handed out, such as those that the device could not decode.
+
+        Raises:
+            LoaderError: as `on_error` and `max_errors` say.
+        """
+        self._report.leave_out(faults)
+        self._policy.judge(faults, self._report)
 
     def stats(self) -> LoaderStats:
         """How fast the batches handed out so far came, and what the time went into, on this rank."""

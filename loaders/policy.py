@@ -1,5 +1,6 @@
 """How many bad samples a run bears."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -36,7 +37,7 @@ class ErrorPolicy:
         elif self.max_errors is not None:
             integer("max_errors", self.max_errors, least=0)
 
-    def judge(self, faults: list[SampleFault], report: LoaderReport) -> None:
+    def judge(self, faults: Sequence[SampleFault], report: LoaderReport) -> None:
         """Raise when the samples seen so far are too bad.
 
         Args:
@@ -49,13 +50,11 @@ class ErrorPolicy:
         if not faults:
             return
         if self.on_error == "raise":
-            raise LoaderError(
-                f"a sample cannot be used: {_described(faults[0])}; on_error='skip' would leave it out"
-            )
+            raise LoaderError(f"a sample cannot be used: {faults[0]}; on_error='skip' would leave it out")
         bad = report.faults.total()
         if self._too_many(bad, bad + report.samples):
             reasons = ", ".join(f"{count} {code}" for code, count in report.faults.most_common())
-            some = "; ".join(map(_described, report.listed[:_SHOWN]))
+            some = "; ".join(map(str, report.listed[:_SHOWN]))
             raise LoaderError(
                 f"{bad} of {bad + report.samples} samples cannot be used, max_errors={self.max_errors} allows fewer: {reasons}; such as {some}"
             )
@@ -67,7 +66,3 @@ class ErrorPolicy:
         if isinstance(limit, float):
             return (bad > limit * seen and seen * limit >= 1) or limit == 0
         return bool(bad > limit)
-
-
-def _described(fault: SampleFault) -> str:
-    return f"{fault.code} ({fault.detail}), {fault.shard} offset {fault.offset}, key {fault.key or 'unknown'}"

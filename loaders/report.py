@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from loaders.batch import SampleFault
@@ -50,15 +50,19 @@ class LoaderReport:
         self.excluded += excluded
         self.overflowed += overflowed
         self.notes.update(notes)
+        self._count(faults)
+
+    def leave_out(self, faults: Sequence[SampleFault]) -> None:
+        """Samples counted before were bad."""
+        self.samples -= len(faults)
+        self._count(faults)
+
+    def _count(self, faults: Iterable[SampleFault]) -> None:
         for fault in faults:
             if not self.faults[fault.code]:
                 _log.warning(
-                    "sample left out: %s (%s), %s offset %d, key %s; further ones of this kind are only counted in loader.report()",
-                    fault.code,
-                    fault.detail,
-                    fault.shard,
-                    fault.offset,
-                    fault.key or "unknown",
+                    "sample left out: %s; further ones of this kind are only counted in loader.report()",
+                    fault,
                 )
             self.faults[fault.code] += 1
             if len(self.listed) < MAX_FAULTS:

@@ -316,6 +316,12 @@ def test_time_waited_is_told(plain_data):
         ({"image": None, "decode": "nvjpeg"}, "normalize=ImageTransform"),
         ({"image": None, "decode": "nvjpeg", "normalize": IMAGE}, "CUDA device is needed"),
         pytest.param(
+            {"device": "mps"},
+            "device='mps'",
+            marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="has MPS"),
+        ),
+        pytest.param({"device": "cuda:99"}, "device='cuda:99'", marks=needs_cuda),
+        pytest.param(
             {"device": "cuda"},
             "no CUDA",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA"),
@@ -629,7 +635,24 @@ def test_images_nobody_can_decode_leave_their_samples_out(tmp_path, made, nvjpeg
     assert report.samples == 2
     assert report.faults == {"image-undecodable": 2}
     assert tuple(report.listed) == batch.faults
-    assert caplog.text.count("sample left out on the device") == 1
+    assert caplog.text.count("sample left out: image-undecodable") == 1
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("limit", [{"on_error": "raise"}, {"max_errors": 1}])
+def test_images_nobody_can_decode_end_the_run_as_the_loader_is_told(tmp_path, made, nvjpeg, depth, limit):
+    good, bad = encode("JPEG", size=(8, 8)), encode("PNG")[:50]
+    samples = [made.Made([bad if number in (4, 5) else good], made.record(number)) for number in range(8)]
+    data = made.write(tmp_path, samples, shards=1)
+    loader = make(data, image=None, shuffle=None, batch_size=2, num_workers=1, **limit)
+    prefetcher = nvjpeg(loader, FakeLibrary(), depth=depth)
+    seen = []
+    for _ in range(2):  # the second time, too: the batch is not handed out
+        with pytest.raises(LoaderError, match=r"image-undecodable .*, key 000000004"):
+            seen.extend(prefetcher)
+        assert keys(seen) == [f"{number:09}" for number in range(4)]
+        assert prefetcher.state_dict() == seen[-1].state
+        assert len(prefetcher) == 2
 
 
 def test_a_packed_rows_other_samples_keep_their_labels():
