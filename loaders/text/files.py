@@ -93,8 +93,13 @@ def _sentence_piece(
         pad_token_id=None if pad is None else added.get(pad),
     )
     end = _text(config.get("eos_token"))
-    if end is not None and end in added:  # of a chat model on Llama's file
-        tokenizer.eos_token_id = added[end]
+    if end:  # of a chat model on Llama's file, another than the file's
+        tokens = tokenizer(end, add_special_tokens=False).input_ids
+        if len(tokens) != 1:
+            raise UsageError(
+                f"{path}: has no token {end!r}, which {_CONFIG} or {_TOKENS} beside it names as its end token; use the tokenizer.json"
+            )
+        tokenizer.eos_token_id = tokens[0]
     return tokenizer
 
 

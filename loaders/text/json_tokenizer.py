@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import xxhash
@@ -10,6 +10,8 @@ import xxhash
 from loaders.text.layouts import IMAGE_TEXT
 from loaders.text.tokenizers import Tokens
 from shardify.errors import UsageError
+
+_NO_TEXT = "\ufdd0no text\ufdd0"  # Unicode leaves U+FDD0 to programs, for their own use
 
 
 class JsonTokenizer:
@@ -96,16 +98,28 @@ class JsonTokenizer:
 
 def _backend(content: str) -> Any:
     """Without padding and truncation, and without ``<image>`` among the tokens, which is for `LlavaText` to read; ValueError if it is none."""
+    parsed = json.loads(content)
+    if not isinstance(parsed, dict):
+        raise ValueError("not a JSON object")  # noqa: TRY004 - as the errors of json
+    added = parsed.get("added_tokens") or []
+    others = [token for token in added if token.get("content") != IMAGE_TEXT]
+    settings = parsed | {"padding": None, "truncation": None}
+    backend = _made(settings | {"added_tokens": others})
+    if any(backend.token_to_id(token.get("content")) != token.get("id") for token in others):
+        # those behind it took its number: what no text says keeps it
+        added = [
+            token if token.get("content") != IMAGE_TEXT else token | {"content": _NO_TEXT} for token in added
+        ]
+        backend = _made(settings | {"added_tokens": added})
+    return backend
+
+
+def _made(settings: Mapping[str, Any]) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError:
         raise UsageError("a tokenizer.json needs tokenizers: pip install 'shardify[train]'") from None
-    parsed = json.loads(content)
-    if not isinstance(parsed, dict):
-        raise ValueError("not a JSON object")  # noqa: TRY004 - as the errors of json
-    tokens = [token for token in parsed.get("added_tokens") or [] if token.get("content") != IMAGE_TEXT]
-    parsed |= {"added_tokens": tokens, "padding": None, "truncation": None}
     try:
-        return Tokenizer.from_str(json.dumps(parsed))
+        return Tokenizer.from_str(json.dumps(settings))
     except Exception as error:  # noqa: BLE001 - tokenizers raises nothing more precise
         raise ValueError(str(error)) from None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 import xxhash
 
+from loaders.arguments import integer
 from loaders.text.layouts import IMAGE_TEXT, Segment
 from loaders.text.masks import IGNORE_INDEX, RoundMasking, Tokenized
 from loaders.text.sentencepieces import SentencePieceTokenizer
@@ -21,7 +22,7 @@ IMAGE_TOKEN = -200
 
 Labels = Literal["reference", "spans"]
 
-_VERSION = 1  # of the tokens that a record gives; part of the fingerprint
+_VERSION = 2  # of the tokens that a record gives; part of the fingerprint
 _UNLIMITED = 2**62
 _PROBE = {
     "image": "any",
@@ -104,15 +105,17 @@ class LlavaText:
             raise UsageError(f"no template {template!r}; there are {', '.join(TEMPLATES)}")
         if labels not in (None, "reference", "spans"):
             raise UsageError(f"no labels {labels!r}; there are 'reference' and 'spans'")
-        if max_length < 1:
-            raise UsageError(f"a max_length of {max_length} tokens; at least 1 is needed")
-        if tokenizer.eos_token_id is None:
-            raise UsageError(f"{type(tokenizer).__name__} has no end token (eos_token_id)")
+        max_length = integer("max_length", max_length, least=1)
+        end = getattr(tokenizer, "eos_token_id", None)
+        if end is None:
+            raise UsageError(
+                f"{type(tokenizer).__name__} has no end token (eos_token_id); make_tokenizer makes a tokenizer of a path or a name"
+            )
         self.tokenizer = direct(tokenizer)
         self.template = TEMPLATES[template]
         self.strict = False  # as `max_length`, for the probe below
         self.max_length = _UNLIMITED
-        self.eos_token_id: int = tokenizer.eos_token_id
+        self.eos_token_id: int = end
         candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
         self.pad_token_id: int = next(token for token in candidates if token is not None)
         letter = self._tokens("a")
@@ -123,6 +126,8 @@ class LlavaText:
         direct_count = self.tokenizer.count if isinstance(self.tokenizer, SentencePieceTokenizer) else None
         self._count: Callable[[str], int] = direct_count or self._count_tokens
         self._own_start = letter[:1] if letter[:1] == [tokenizer.bos_token_id] else []
+        self._before = self._what_stands_before()
+        self._special = {text for text in ("<s>", "</s>") if len(self._bare(text)) == 1}
         self._always_trained = self._single_tokens()
         self.labels: Labels = labels or "reference"
         self._markers = self._readable_markers()
@@ -141,6 +146,7 @@ class LlavaText:
         """
         tokenizer = [fingerprint_of(self.tokenizer), self.tokenizer.bos_token_id, self.eos_token_id]
         parts = [_VERSION, *tokenizer, self.template.name, self.max_length, self.labels]
+        parts += ["strict"] if self.strict else []  # what is refused has no tokens to count
         return xxhash.xxh3_128_hexdigest(msgspec.json.encode(parts))
 
     def __call__(self, record: bytes | memoryview | Mapping[str, Any]) -> TextResult:
@@ -220,7 +226,9 @@ class LlavaText:
         input_ids = self._first_tokens()
         labels = [IGNORE_INDEX] * len(input_ids)
         continues = self.template.is_chat  # a text; nothing continues an image
+        before = ""  # the special token that stands there
         for segment in segments:
+            before = segment.start or before
             if segment.start and self.tokenizer.bos_token_id is not None:
                 input_ids.append(self.tokenizer.bos_token_id)
                 labels.append(IGNORE_INDEX)
@@ -230,10 +238,11 @@ class LlavaText:
                     tokens.append(IMAGE_TOKEN)
                     continues = False
                 if text:
-                    tokens += self._continue(text) if continues else self._own(text)
-                    continues = True
+                    tokens += self._continue(text, before) if continues else self._own(text)
+                    continues, before = True, ""
             if segment.end:
                 tokens.append(self.eos_token_id)
+                before = segment.end
             input_ids += tokens
             labels += tokens if segment.supervised else [IGNORE_INDEX] * len(tokens)
         if self._always_trained and self.labels == "reference":
@@ -262,8 +271,20 @@ class LlavaText:
     def _own(self, text: str) -> list[int]:
         return self._tokens(text)[len(self._own_start) :]
 
-    def _continue(self, text: str) -> list[int]:
+    def _continue(self, text: str, before: str = "") -> list[int]:
+        """Tokens of a text that stands behind another one, or behind the special token `before`, after which some tokenizers begin anew."""
+        if before not in self._special:
+            before = self._before
+        known = len(self._bare(before)) if before else 0
+        return self._bare(before + text)[known:]
+
+    def _bare(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _what_stands_before(self) -> str:
+        """What has to stand before a text so that it is not taken for the beginning of one: Llama's fast tokenizers put a blank there."""
+        alone, behind, line = self._bare("a"), self._bare("\na"), self._bare("\n")
+        return "\n" if behind[: len(line)] == line and behind[len(line) :] != alone else ""
 
     def _first_tokens(self) -> list[int]:
         if not self.template.is_chat:

@@ -174,6 +174,15 @@ def test_tokens_that_sentencepiece_knows_nothing_of_are_left_to_the_json_file(ll
     assert isinstance(make_tokenizer(folder), JsonTokenizer)
 
 
+def test_an_end_token_that_the_file_does_not_have_is_named(llama):
+    folder = llama({"eos_token": "<|im_end|>"})  # as where added_tokens.json alone lists it
+    for spec in (folder, folder / "tokenizer.model"):
+        with pytest.raises(UsageError, match=r"no token '<\|im_end\|>'.*end token"):
+            make_tokenizer(spec)
+    for named in ({"eos_token": "</s>"}, {"eos_token": ""}):
+        assert make_tokenizer(llama(named)).eos_token_id == 2
+
+
 # tokenizer.json
 
 
@@ -212,6 +221,26 @@ def test_an_image_token_of_a_json_file_is_not_read_from_text(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = JsonTokenizer(tmp_path / "tokenizer.json", eos_token="<|im_end|>")
     assert len(tokenizer("<image>").input_ids) > 1
+
+
+def test_tokens_behind_the_image_token_keep_their_numbers(tmp_path):
+    """LLaVA-1.5's padding token has the number behind the image token's, LLaVA-OneVision's <video> too."""
+    transformers = pytest.importorskip("transformers")
+    whole = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(NEOX),
+        eos_token="<|im_end|>",
+        extra_special_tokens=["<image>", "<video>"],
+        pad_token="<pad>",
+    )
+    whole.save_pretrained(tmp_path)
+    numbers = {token: whole.convert_tokens_to_ids(token) for token in ("<image>", "<video>", "<pad>")}
+    assert len(set(numbers.values())) == 3
+    for tokenizer in (make_tokenizer(tmp_path), LlavaText(whole).tokenizer):
+        assert tokenizer.pad_token_id == numbers["<pad>"]
+        assert tokenizer.vocab_size == len(whole)
+        for token in ("<video>", "<pad>"):
+            assert tokenizer(token, add_special_tokens=False).input_ids == [numbers[token]]
+        assert numbers["<image>"] not in tokenizer("an <image> here").input_ids
 
 
 def test_a_folder_that_only_transformers_can_read(tmp_path):
@@ -309,13 +338,14 @@ def test_fingerprints_change_with_what_changes_tokens(llama, tmp_path):
         LlavaText(SentencePieceTokenizer(file), template="llava_v1"),
         LlavaText(SentencePieceTokenizer(file), max_length=100),
         LlavaText(SentencePieceTokenizer(file), labels="spans"),
+        LlavaText(SentencePieceTokenizer(file), strict=True),  # refuses what others count
         LlavaText(ByteTokenizer()),
         LlavaText(JsonTokenizer(NEOX, eos_token="<|im_end|>")),
         LlavaText(JsonTokenizer(LLAMA_3, eos_token="<|eot_id|>")),
     ]
     texts[0].labels = texts[1].labels = "reference"
     assert len({text.fingerprint for text in texts}) == len(texts)
-    again = LlavaText(SentencePieceTokenizer(file), template="vicuna_v1", labels="reference", strict=True)
+    again = LlavaText(SentencePieceTokenizer(file), template="vicuna_v1", labels="reference")
     assert again.fingerprint == texts[0].fingerprint
 
 
