@@ -16,7 +16,7 @@ from loaders import fits
 from loaders.arguments import integer
 from loaders.decode import Picture, Pixels, pixels_of, size_of
 from loaders.resample import Resample
-from shardify.errors import UsageError
+from shardify.errors import ImageError, UsageError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -167,8 +167,11 @@ class ImageTransform:
             images: of its sample.
 
         Raises:
-            ImageError: ``image-too-large``, or ``image-elongated`` (``native``).
+            ImageError: ``image-too-large``, ``image-elongated`` (``native``), or ``image-undecodable``: without any pixels, as sidecars have images
+                that cannot be read.
         """
+        if height < 1 or width < 1:
+            raise ImageError("image-undecodable", f"{width}x{height} px")
         return self._fit(images).layout(height, width)
 
     def layout_of(self, data: Picture, *, images: int = 1) -> fits.Layout:
@@ -378,7 +381,7 @@ class Prepared:
 
 def _three(name: str, values: Any) -> tuple[float, float, float]:
     try:
-        first, second, third = values
+        first, second, third = map(float, values)
     except (TypeError, ValueError):
-        raise UsageError(f"{name} {values!r}: three values are needed, one for each channel") from None
+        raise UsageError(f"{name} {values!r}: three numbers are needed, one for each channel") from None
     return first, second, third

@@ -95,7 +95,7 @@ class ChatText:
             self.image_token = None  # a record with images is refused
         self.image_token_id = self._image_token_id()
         self._as_parts = self.template.takes_parts(self.image_token)
-        self.template.check()
+        self.template.check(as_parts=self._as_parts)
         self._markers = _markers(tokenizer, self.image_token)
         self._expanded: dict[str, list[int]] = {}
 
@@ -114,6 +114,7 @@ class ChatText:
             [self._is_processor, self.template.source, sorted(self.template.variables.items())],
             [repr(self._expansion), None if image is None else image.fingerprint],
             [self.image_token, self.max_length],
+            *(["strict"] if self.strict else []),  # what is refused has no tokens to count
         ]
         return xxhash.xxh3_128_hexdigest(msgspec.json.encode(parts))
 

@@ -77,18 +77,20 @@ class ChatTemplate:
             prompt.answers.append((len(before), len(after)))
         return prompt
 
-    def check(self) -> None:
-        """Try it on a conversation.
+    def check(self, *, as_parts: bool) -> None:
+        """Try it on a conversation, whose contents are lists of parts or texts.
 
         Raises:
             UsageError: it cannot be used.
         """
+        lacks = (
+            "; it takes parts, but does not write the image token once for an image: give image_token= what it writes"
+            if not as_parts and self.takes_parts()
+            else ""
+        )
         try:
-            self.apply(
-                [
-                    {"role": role, "content": _content(text, self.takes_parts())}
-                    for role, text in _CONVERSATION
-                ]
+            prompt = self.apply(
+                [{"role": role, "content": _content(text, as_parts)} for role, text in _CONVERSATION]
             )
         except TextError as error:
             if error.code == "turns-change":
@@ -97,8 +99,10 @@ class ChatTemplate:
                     "chat_template= one with {% generation %} around the answers"
                 ) from None
             raise UsageError(
-                f"this chat template takes no conversation of user and assistant: {error.detail}"
+                f"this chat template takes no conversation of user and assistant: {error.detail}{lacks}"
             ) from None
+        if _QUESTION not in prompt.text or _ANSWER not in prompt.text:
+            raise UsageError(f"this chat template leaves out what messages say{lacks}")
 
     def takes_parts(self, image_token: str | None = None) -> bool:
         """Whether content may be a list of parts; with an image token, whether an image among them becomes this token once."""

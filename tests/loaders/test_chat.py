@@ -570,6 +570,10 @@ def test_what_cannot_be_used(qwen):
             tokenizer,
             chat_template="{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
         )
+    with pytest.raises(UsageError, match="image_token= what it writes"):  # LLAVA writes <image>
+        ChatText(tokenizer, chat_template=LLAVA, image_tokens=4, image_token="<|im_end|>")
+    with pytest.raises(UsageError, match="leaves out"):
+        ChatText(tokenizer, chat_template="{% for m in messages %}{{ m.role }}{% endfor %}")
     with pytest.raises(UsageError, match="no token of its own"):
         ChatText(tokenizer, chat_template=PLAIN, image_tokens=4, image_token="<nothing>")
     with pytest.raises(UsageError, match="image_token="):
@@ -609,8 +613,9 @@ def test_a_copy_and_its_fingerprint(processor):
         ChatText(processor, max_length=7),
         ChatText(processor, image_tokens=2),
         ChatText(processor, chat_template="\n" + processor.chat_template),
+        ChatText(processor, strict=True),  # refuses what others count
     ]
-    assert len({text.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert len({text.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
 # in the loader
@@ -737,12 +742,13 @@ def test_counted_beforehand(qwen, tmp_path: Path, monkeypatch):
         ([png(1, side) for side in own], json.dumps(made).encode())
         for own, made in zip(sides, records, strict=True)
     ]
+    samples.append(([b"no image"], json.dumps(record("<image>\nhi", "yes", image="a.png")).encode()))
     folder = write_tars(tmp_path / "data", samples, [2])
 
-    found, _ = token_lengths(open_dataset(str(folder)), text).measure(np.arange(4))
+    found, _ = token_lengths(open_dataset(str(folder)), text).measure(np.arange(5))
 
     wanted = [
         text(made, image_sizes=[(side, side) for side in own])
         for own, made in zip(sides, records, strict=True)
     ]
-    assert found.tolist() == [len(result.input_ids) for result in wanted]
+    assert found.tolist() == [*(len(result.input_ids) for result in wanted), 1]  # the last becomes a filler

@@ -343,6 +343,16 @@ def test_pictures_with_sides_beyond_all_are_refused(options):
         ImageTransform(16, **options)(file.getvalue())
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"fit": "pad"}, *FITS], ids=lambda options: options.get("fit", "crop")
+)
+def test_what_has_no_pixels_has_no_layout(options):
+    """Of images that cannot be read, sidecars say 0 x 0."""
+    for size in ((0, 0), (0, 5), (5, 0)):
+        with pytest.raises(ImageError, match="image-undecodable"):
+            ImageTransform(16, **options).layout(*size)
+
+
 @pytest.mark.parametrize("options", FITS, ids=lambda options: options["fit"])
 def test_headers_tell_the_layout(options):
     transform = ImageTransform(32, **options)

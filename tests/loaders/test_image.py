@@ -327,7 +327,15 @@ def test_noise_is_an_image_error(data, magic):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"size": 0}, {"fit": "stretch"}, {"mean": (0.5, 0.5)}, {"std": (1.0, 0.0, 1.0)}],
+    [
+        {"size": 0},
+        {"fit": "stretch"},
+        {"mean": (0.5, 0.5)},
+        {"mean": ("a", "b", "c")},
+        {"std": (1.0, 0.0, 1.0)},
+        {"std": (1.0, 1.0, None)},
+        {"background": "red", "fit": "pad"},
+    ],
 )
 def test_impossible_settings_are_named(arguments):
     with pytest.raises(UsageError, match=next(iter(arguments))):
