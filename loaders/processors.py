@@ -44,6 +44,13 @@ def transform_arguments(settings: Settings) -> dict[str, Any]:
         UsageError: a setting that cannot be honoured, or a kind of processor that is not known.
     """
     kind = _kind(settings)
+    try:
+        return _arguments(kind, settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{kind}: these settings cannot be read ({error}): {dict(settings)}") from None
+
+
+def _arguments(kind: str, settings: Settings) -> dict[str, Any]:
     for name in ("do_resize", "do_rescale"):
         if settings.get(name) is False:
             raise _refused(kind, settings, name, "pictures are always resized, and normalised from 0 to 1")
@@ -59,10 +66,17 @@ def transform_arguments(settings: Settings) -> dict[str, Any]:
         arguments |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     else:
         arguments |= {
-            "mean": tuple(settings.get("image_mean") or mean),
-            "std": tuple(settings.get("image_std") or std),
+            "mean": _channels(settings.get("image_mean"), mean),
+            "std": _channels(settings.get("image_std"), std),
         }
     return arguments | read(kind, settings)
+
+
+def _channels(value: Any, default: tuple[float, ...]) -> Any:
+    """One value for each channel; a single one is for all."""
+    if value is None:
+        return default
+    return (value,) * 3 if isinstance(value, int | float) else value
 
 
 def _read(path: str) -> Any:

@@ -173,6 +173,11 @@ def test_settings_that_are_left_out_are_the_processors_own():
     assert ImageTransform.from_processor({"merge_size": 2, "patch_size": 14}).fit == "native"
 
 
+def test_one_value_is_for_all_channels():
+    transform = ImageTransform.from_processor({**CLIP_336, "image_mean": 0.5, "image_std": 0.25})
+    assert (transform.mean, transform.std) == ((0.5,) * 3, (0.25,) * 3)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -184,6 +189,9 @@ def test_settings_that_are_left_out_are_the_processors_own():
         ({"do_rescale": False}, "do_rescale=False"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor="),
         ({"resample": 0}, "resample=0"),
+        ({"resample": "bicubic"}, "bicubic"),
+        ({"size": "336"}, "336"),
+        ({"image_mean": "0.5"}, "mean"),
         ({"do_pad": True}, "do_pad=True"),
         ({"image_processor_type": "PixtralImageProcessor"}, "PixtralImageProcessor"),
         ({"image_processor_type": "LlavaNextImageProcessor"}, "image_grid_pinpoints=None"),
