@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Any, TypeAlias
 
 from shardify.errors import TextError, UsageError
@@ -66,8 +67,9 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             before = self._render(messages[:number], asks=True).text
-            if not text.startswith(before):
-                before = self._render(messages[:number]).text
+            if not text.startswith(before):  # it may open a thought, of which this answer has none
+                plain = self._render(messages[:number]).text
+                before = max(plain, commonprefix([before, text]), key=len)  # noqa: RUF071 - of texts, no paths
             last = number + 1 == len(messages)
             after = text if last else self._render(messages[: number + 1]).text
             if not (text.startswith(after) and after.startswith(before)):

@@ -438,6 +438,18 @@ def test_the_blank_behind_an_answer_belongs_to_the_next_word():
     assert _answers(tokenizer, result) == ["A bus", "A cat "]
 
 
+def test_an_answer_without_the_thought_that_its_prompt_opens():
+    """As after ``<think>`` of DeepSeek-R1 and QwQ: the role before it is not the model's to write."""
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    assert template != CHATML
+    tokenizer = byte_tokenizer("<|im_start|>", "<|im_end|>")
+    text = ChatText(tokenizer, chat_template=template)
+    assert _answers(tokenizer, text(record("hello", "A bus", "what", "<think>\nA</think>"))) == [
+        "A bus<|im_end|>\n",
+        "A</think><|im_end|>\n",
+    ]
+
+
 def test_where_a_template_marks_answers_a_token_with_a_part_in_one_is_trained_on():
     """As in transformers' own mask, which includes what Llama's blank joins to the next word."""
     tokenizer = byte_tokenizer("<image>")
