@@ -46,11 +46,11 @@ class Semaphore(_Descriptor):
 
     def __init__(self, value: int) -> None:
         super().__init__(value, os.EFD_SEMAPHORE)
-        self._described: int | None = None  # the kernel's account of it, for the process that asks first
+        self._described: int | None = None  # the kernel's account of it,
+        self._asker = 0  # opened by this process
 
     def __del__(self) -> None:
-        if self._described is not None:
-            os.close(self._described)
+        self._close_account()
         super().__del__()
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
@@ -88,10 +88,19 @@ class Semaphore(_Descriptor):
         return self  # where a queue looks for its length
 
     def _get_value(self) -> int:
-        if self._described is None:  # kept open: opening it takes longer than all else here
+        # a forked copy tells of the descriptor that the parent has under the number
+        if self._described is None or self._asker != os.getpid():
+            self._close_account()
+            # kept open: opening it takes longer than all else here
             self._described = os.open(f"/proc/self/fdinfo/{self._file}", os.O_RDONLY | os.O_CLOEXEC)
+            self._asker = os.getpid()
         count = os.pread(self._described, _MOST_DESCRIBED, 0).partition(b"eventfd-count:")[2]
         return int(count.split(maxsplit=1)[0], 16)
+
+    def _close_account(self) -> None:
+        if self._described is not None:
+            os.close(self._described)
+            self._described = None
 
 
 class Flag(_Descriptor):

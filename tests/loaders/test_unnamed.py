@@ -28,6 +28,33 @@ def test_a_semaphore_counts_and_waits_between_processes():
     assert turn.acquire(block=False)
 
 
+def test_a_forked_copy_counts_for_itself():
+    """Its parent may have let go of the semaphore, and have another under the number."""
+    semaphore = Semaphore(5)
+    assert semaphore._get_value() == 5
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.read(reader, 1)
+        os._exit(semaphore._get_value())
+    number = semaphore._file
+    del semaphore
+    other = Semaphore(77)
+    assert other._file == number
+    os.write(writer, b".")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+    os.close(reader)
+    os.close(writer)
+
+
+def test_nothing_stays_open_of_a_semaphore():
+    before = os.listdir("/proc/self/fd")
+    semaphores = [Semaphore(1) for _ in range(5)]
+    assert sum(semaphore._get_value() + semaphore._get_value() for semaphore in semaphores) == 10
+    del semaphores
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_queues_carry_all_in_order_and_know_their_length():
     context = UnnamedContext()
     named = set(os.listdir("/dev/shm"))
