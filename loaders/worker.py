@@ -91,15 +91,21 @@ class Watch:
         self._since = None
 
     def close(self) -> None:
-        """Watch no more."""
+        """Watch no more: from here on nothing is asked or ended, so that files and process ids may go."""
         self._stop.set()
+        if self._thread is not threading.current_thread():  # in which garbage may be collected, too
+            self._thread.join()
 
     def _run(self) -> None:
         pause = min(1.0, self.timeout / 4)
         while not self._stop.wait(pause):
             since = self._since
-            if since is not None and time.monotonic() - since > self.timeout:
-                self.found = self._stacks.ask(self._processes)
+            if since is None or time.monotonic() - since <= self.timeout:
+                continue
+            found = self._stacks.ask(self._processes)
+            # what was waited for may have come meanwhile
+            if since == self._since and not self._stop.is_set():
+                self.found = found
                 end_processes(self._processes)  # and the trainer's own wait with them
                 return
 
