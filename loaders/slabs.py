@@ -51,6 +51,7 @@ class SlabPool:
         self._draining: list[int] = []
         self._process = os.getpid()
         self._device: int | None = None  # where the memory was pinned
+        self._refused = False
 
     def acquire(self) -> int | None:
         """A free slab's number, or None when all are in use."""
@@ -72,6 +73,7 @@ class SlabPool:
 
     def lend(self, slab: int) -> Bytes:
         """A slab's bytes, uint8 [size], freed when the array and everything made over it are gone."""
+        self.pin()
         memory = self.memory(slab)
         weakref.finalize(memory, self.release, slab).atexit = False
         return memory
@@ -104,13 +106,20 @@ class SlabPool:
         self._copies.setdefault(slab, []).append(event)
 
     def pin(self) -> None:
-        """Register the memory with CUDA, so that copies to the device run beside other work. Without CUDA nothing happens."""
-        if self._map is None or self._device is not None or not torch.cuda.is_available():
+        """Register the memory with CUDA, so that copies to the device run beside other work.
+
+        Only once this process uses CUDA: a trainer that computes elsewhere takes no context and no memory on a device for the loader's sake.
+        Until then nothing happens; the first slab lent afterwards makes up for it.
+        """
+        if self._map is None or self._device is not None or self._refused:
+            return
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             return
         address = np.frombuffer(self._map, np.uint8).ctypes.data
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         status = int(cudart.cudaHostRegister(address, self.count * self.size, _PORTABLE))
         if status != 0:
+            self._refused = True
             _log.warning(
                 "CUDA cannot pin the loader's memory (error %d): the host waits for each copy to the device",
                 status,

@@ -128,10 +128,39 @@ def test_lent_memory_outlives_its_pool():
     assert (memory == 7).all()
 
 
+class Cuda:
+    """Stands for CUDA's runtime, which refuses to pin."""
+
+    def __init__(self):
+        self.asked = []
+
+    def cudaHostRegister(self, address, size, flags):  # noqa: N802 - its name
+        self.asked.append((size, flags))
+        return 1
+
+
+def test_memory_is_pinned_once_the_process_uses_cuda_and_not_before(monkeypatch, caplog):
+    cuda, used = Cuda(), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: bool(used))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    pool = SlabPool(2, 100)
+    pool.pin()
+    pool.lend(pool.acquire())
+    assert not cuda.asked
+    used.append("cuda")
+    for _ in range(3):
+        pool.lend(pool.acquire())
+    pool.pin()
+    assert cuda.asked == [(2 * pool.size, 1)]
+    assert len(caplog.records) == 1  # that it cannot be pinned
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_plain_copy_under_way_keeps_a_slab():
+    torch.cuda.init()
     pool = SlabPool(1, 1 << 20)
-    pool.pin()
     slab = pool.acquire()
     tensor = torch.from_numpy(pool.lend(slab))
     assert tensor.is_pinned()
