@@ -288,7 +288,7 @@ class BatchBuilder:
             return False
         places = np.flatnonzero(plan.positions != FILLER).tolist()
         view = memoryview(memory.data)
-        records = [b""] * len(built.keys)
+        keys, records = [""] * len(built.keys), [b""] * len(built.keys)
         samples: list[int] = []
         spans: list[tuple[int, int]] = []
         for place, part, images, found in zip(
@@ -304,8 +304,8 @@ class BatchBuilder:
                     samples.append(place)
             if len(spans) - before != images:
                 return False
-            built.keys[place] = self._prefixes[part] + found.key
-        built.positions[:] = plan.positions
+            keys[place] = self._prefixes[part] + found.key
+        built.keys, built.positions[:] = keys, plan.positions
         built.image_samples, built.image_spans, built.records = samples, spans, records
         built.memory = None if self._lies_in_slab(memory, plan) or not spans else memory
         return True
