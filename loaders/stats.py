@@ -303,8 +303,9 @@ class StatsRecorder:
         self._plan += seconds
 
     def started(self) -> None:
-        """Workers were started; all but the first time it is a restart."""
+        """Workers were started; all but the first time it is a restart. What they count together begins anew."""
         self._starts += 1
+        self._shared = {}
 
     def stats(self) -> LoaderStats:
         """The figures up to the last batch handed out."""

@@ -111,6 +111,14 @@ def test_counters_of_all_processes_are_taken_over(clock):
     assert (found.total.requests, found.recent.samples) == (6, 3)
 
 
+def test_workers_started_anew_count_from_zero(clock):
+    recorder = StatsRecorder()
+    for requests in (3, 10):
+        recorder.started()
+        recorder.counted({"requests": requests})
+    assert recorder.stats().total.requests == 13
+
+
 def test_recent_figures_forget(clock):
     recorder = StatsRecorder()
     for step in range(100):  # 4 batches a second; the second half is twice as large, and fetches
