@@ -189,15 +189,12 @@ class Downloader:
     # what trainer and workers say
 
     def _take_messages(self) -> bool:
-        released: list[_Need] = []
         urgent: list[_Need] = []
         calm: list[_Need] = []
         for kind, batch, shard, begin, end, value in self._messages.receive().tolist():
             if kind == Kind.CLOSE:
                 return True
-            if kind == Kind.FORGET:
-                released += self._forget()
-            elif kind == Kind.DONE:
+            if kind == Kind.DONE:
                 self._clock, self._done = self._clock + 1, max(self._done, batch)
                 for extent in self._batches.pop(batch, ()):
                     if (done := self._needs.get(extent)) is not None and batch in done.batches:
@@ -222,7 +219,7 @@ class Downloader:
         if urgent or calm:
             self._cache.set_urgent([need.name for need in urgent], urgent=True)
             self._cache.set_urgent([need.name for need in calm if not need.waiting], urgent=False)
-        self._release(released + self._no_longer_lingering())
+        self._release(self._no_longer_lingering())
         return False
 
     def _need(self, shard: int, begin: int, end: int) -> _Need:
@@ -279,20 +276,6 @@ class Downloader:
                 break
             del self._lingering[extent]
             released.append(need)
-        return released
-
-    def _forget(self) -> list[_Need]:
-        self._batches.clear()
-        self._done = -1
-        released = []
-        for need in list(self._needs.values()):
-            need.batches.clear()
-            need.waiting.clear()
-            if need.state is _State.READY:
-                released.append(need)
-                self._lingering.pop(need.extent, None)
-            elif need.state is _State.QUEUED:
-                self._drop(need)
         return released
 
     def _release(self, needs: list[_Need]) -> None:

@@ -1,5 +1,6 @@
 """Fetching one extent: range, check, block; and the hashes to check against, from the shard's sidecar."""
 
+import io
 import mmap
 import os
 import threading
@@ -10,12 +11,22 @@ from dataclasses import dataclass
 
 import xxhash
 
-from loaders.fetch.blocks import FOOTER_BYTES, Extent, Fault, end_block, write_fully
+from loaders.fetch.blocks import (
+    FOOTER_BYTES,
+    Extent,
+    Fault,
+    end_block,
+    is_whole,
+    shard_identity,
+    write_fully,
+)
 from loaders.fetch.cache import BlockCache, Claim, Want
 from loaders.fetch.requests import Requests, WrongBytesError
 from loaders.fetch.verify import Hashes, check
 from shardify.errors import FormatError, LoaderError
+from shardify.format.names import MANIFEST
 from shardify.format.samples import is_compressed
+from shardify.format.sidecar import read_shard_info
 from shardify.format.urls import is_url, shown
 
 _TABLES_BYTES = 64 * 1024 * 1024  # of hashes kept in memory
@@ -69,6 +80,7 @@ class ExtentFetcher:
             LoaderError: it cannot be had in time, or ever.
             NoRangesError: the server gives no ranges.
         """
+        self._requests.begin()
         source = self._sources[extent.shard]
         hashes = self._tables.of(extent.shard)
         if self._cache.recall(name):
@@ -144,16 +156,18 @@ class _Tables:
     def _find(self, shard: int) -> Hashes | None:
         source = self._sources[shard]
         name = f"{source.identity}-hashes"
-        with suppress(OSError), open(self._cache.path(name), "rb") as file:
-            return Hashes.decode(file.read()[:-FOOTER_BYTES])
+        path = self._cache.path(name)
+        if is_whole(path, name):
+            with suppress(OSError), open(path, "rb") as file:
+                return Hashes.decode(file.read()[:-FOOTER_BYTES])
         if source.sidecar is None:
             return None
-        table = self._read(source.sidecar)
+        table = self._read(source, source.sidecar)
         if table is not None and is_url(source.sidecar):
             self._keep(name, table.encode())
         return table
 
-    def _read(self, sidecar: str) -> Hashes | None:
+    def _read(self, source: Source, sidecar: str) -> Hashes | None:
         error: FormatError | None = None
         for _ in range(_TRIES):
             if is_url(sidecar):
@@ -171,10 +185,11 @@ class _Tables:
                 )
                 return None
             try:
+                _check_owner(source, content, where=shown(sidecar))
                 return Hashes.of_sidecar(content, where=shown(sidecar))
             except FormatError as damaged:
                 error = damaged
-        raise LoaderError(f"{error}; it has the hashes that shards are checked against")
+        raise LoaderError(f"{error}; sidecars have the hashes that shards are checked against")
 
     def _keep(self, name: str, content: bytes) -> None:
         (claim,) = self._cache.claim([Want(name, len(content) + FOOTER_BYTES)], 1)
@@ -186,6 +201,18 @@ class _Tables:
             self._cache.publish(
                 name, samples=0
             )  # and stays pinned: small, and of use for as long as its shard is
+
+
+def _check_owner(source: Source, sidecar: bytes, *, where: str) -> None:
+    """Raises FormatError unless a sidecar is that of the shard which the manifest describes: nothing else vouches for a manifest that came by network."""
+    info = read_shard_info(where, file=io.BytesIO(sidecar))
+    if source.identity not in (
+        shard_identity(source.url, info.bytes, digest) for digest in (info.xxh3_128, "")
+    ):
+        raise FormatError(
+            f"{where}: not the sidecar of {shown(source.url)} as it was opened: the data set has changed, or its {MANIFEST} came damaged; "
+            "start again, or copy the data set again"
+        )
 
 
 @contextmanager

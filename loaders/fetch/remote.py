@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from loaders.arguments import integer
 from loaders.fetch.blocks import Extent, Fault, block_name, read_faults, shard_identity
 from loaders.fetch.cache import block_path
 from loaders.fetch.folder import CacheFolder, choose_folder, remove_if_deserted
@@ -98,8 +99,8 @@ class RemoteFetch:
         request_timeout: float = 60.0,
         downloads: int = 16,
     ) -> None:
-        if cache_size is not None and cache_size <= 0:
-            raise UsageError(f"cache_size={cache_size}: bytes, more than 0, are needed")
+        if cache_size is not None:
+            cache_size = integer("cache_size", cache_size, least=1)
         if min(timeout, request_timeout) <= 0:
             raise UsageError(
                 f"timeout={timeout}, request_timeout={request_timeout}: seconds, more than 0, are needed"
@@ -174,11 +175,6 @@ class RemoteFetch:
         """
         if self._messages is not None:
             self._post(message(Kind.DONE, batch))
-
-    def forget(self) -> None:
-        """No announced batch will come: the plan begins anew, its batches' numbers too."""
-        if self._messages is not None:
-            self._post(message(Kind.FORGET))
 
     def check(self) -> None:
         """Show what the download process has to say.
@@ -318,8 +314,9 @@ class CachedFetcher:
             return
         left = self._by_extent(np.flatnonzero(remote), shards, offsets, begins, ends)
         used = int(sizes[remote].sum())
-        begun = told = looked = time.monotonic()
-        news = -1
+        told: float | None = None
+        waited = 0.0  # without what is done with the samples meanwhile
+        news, looked = -1, time.monotonic()
         while True:
             seen = self._counters.news
             # nothing before the first news: what lies there may be from before a reboot
@@ -338,13 +335,14 @@ class CachedFetcher:
             now = time.monotonic()
             if not left:
                 break
-            if told == begun or now - told > _REPEAT:
+            if told is None or now - told > _REPEAT:
                 told = now
                 self._tell(Kind.WAIT, batch, list(left))
-            self._go_on_waiting(now - begun, left)
+            self._go_on_waiting(waited, left)
+            waited += time.monotonic() - now
         self._send(message(Kind.USED, batch, values=used))
-        if told != begun:
-            self._send(message(Kind.WAITED, batch, values=int((now - begun) * 1e6)))
+        if told is not None:
+            self._send(message(Kind.WAITED, batch, values=int(waited * 1e6)))
 
     @staticmethod
     def _by_extent(

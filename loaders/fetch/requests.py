@@ -55,7 +55,7 @@ class Patience:
 
     Attributes:
         request: seconds that one request may take, its body included.
-        total: seconds for one extent with all repetitions.
+        total: seconds for one extent with all repetitions, its shard's sidecar included.
     """
 
     request: float
@@ -77,6 +77,10 @@ class Requests:
         self._mutex = threading.Lock()
         self._deadline = threading.local()
         self._random = random.Random()  # noqa: S311 - jitter
+
+    def begin(self) -> None:
+        """All that this thread asks for from now on has to come within `Patience.total` seconds together."""
+        self._deadline.at = time.monotonic() + self._patience.total
 
     def get_range(self, url: str, begin: int, end: int) -> memoryview:
         """Bytes [begin, end) of an object, by one try.
@@ -130,7 +134,7 @@ class Requests:
             raise WrongBytesError(f"{done} bytes came, and the shard has {size}")
 
     def repeat(self, url: str, what: str, once: Callable[[], _T]) -> _T:
-        """Call `once` until it succeeds.
+        """Call `once` until it succeeds, or the time that this thread has since `begin` is up.
 
         Args:
             url: what it asks for, and
@@ -141,7 +145,7 @@ class Requests:
             LoaderError: time is up, or trying again would not help; it names the URL and the last cause.
             NoRangesError: as `once` raises it.
         """
-        deadline = self._deadline.at = time.monotonic() + self._patience.total
+        deadline = self._deadline.at
         attempt = 0
         named = f"{shown(url)}{what}"
         while True:
@@ -173,8 +177,8 @@ class Requests:
             raise LoaderError(str(error)) from None
 
     def _wait_for(self, url: str) -> None:
-        """Until the host wants to be asked again."""
-        while (left := self._not_before.get(_host(url), 0.0) - time.monotonic()) > 0:
+        """Until the host wants to be asked again, or time is up."""
+        while (left := min(self._not_before.get(_host(url), 0.0), self._deadline.at) - time.monotonic()) > 0:
             time.sleep(left)
 
     def _retry_after(self, url: str) -> float:

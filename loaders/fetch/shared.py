@@ -112,9 +112,7 @@ class Kind(IntEnum):
     """A worker has read all it needs for a batch; the value is bytes."""
     WAITED = 5
     """It has waited meanwhile; the value is microseconds."""
-    FORGET = 6
-    """All batches announced so far will not come."""
-    CLOSE = 7
+    CLOSE = 6
     """End."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from loaders.fetch import RemoteFetch
+from loaders.fetch.requests import Patience, Requests, WrongBytesError
 from shardify.errors import LoaderError, SampleError, UsageError
 
 _spec = importlib.util.spec_from_file_location("fetching", Path(__file__).parent / "fetching.py")
@@ -222,6 +223,33 @@ def test_what_cannot_get_better_is_not_tried_again(data, site, opened, status, m
         assert len([path for _, path, _ in proxy.requests if path.endswith(".tar")]) == 1
 
 
+def test_a_sidecar_and_its_range_have_one_deadline_together(data, site, opened):
+    def script(what: str, _number: int):
+        return "delay" if "000.parquet" in what else 503 if "000.tar" in what else None
+
+    with proxies.running_proxy(site.url, script) as proxy:
+        proxy.delay = 3.0
+        data.url = f"{proxy.url}/data"
+        remote = opened(data, timeout=4)
+        begin = time.monotonic()
+        with pytest.raises(LoaderError, match=r"000\.tar.*could not be fetched within 4 s"):
+            data.read(remote.fetcher(), np.array([0]))
+        assert time.monotonic() - begin < 4.4
+
+
+def test_a_host_that_wants_to_be_left_alone_is_waited_for_no_longer_than_the_deadline():
+    def fail():
+        raise WrongBytesError("wrong bytes came")
+
+    requests = Requests(Patience(request=1.0, total=0.3), lambda _name, _value: None)
+    requests._not_before["host"] = time.monotonic() + 60
+    begin = time.monotonic()
+    requests.begin()
+    with pytest.raises(LoaderError, match="could not be fetched"):
+        requests.repeat("http://host/000.tar", "", fail)
+    assert time.monotonic() - begin < 5
+
+
 def test_retry_after_is_honoured(data, site, opened):
     def script(what: str, number: int):
         return 429 if ".tar" in what and number == 0 else None
@@ -296,6 +324,17 @@ def test_a_shard_that_has_shrunk_is_an_error(data, site, opened):
         data.read(opened(timeout=1).fetcher(), np.array([0]))
 
 
+@pytest.mark.parametrize("wrong", ["digest", "size"])
+def test_a_manifest_that_came_damaged_is_noticed(data, site, opened, wrong):
+    if wrong == "digest":
+        data.digests[0] = data.digests[0].translate(str.maketrans("0123456789abcdef", "123456789abcdef0"))
+    else:
+        data.sizes[0] += 1
+    with pytest.raises(LoaderError, match=r"000\.parquet: not the sidecar of .*000\.tar as it was opened"):
+        data.read(opened().fetcher(), np.array([0]))
+    assert not tars(site)
+
+
 def test_without_sidecars_headers_are_checked(data, site, opened):
     remote = opened(sidecars=False)
     assert data.stream(remote, fetching.shuffled(len(data), 50)) == len(data)
@@ -339,14 +378,6 @@ def test_a_cache_smaller_than_an_extent_is_refused_with_what_is_needed(data, ope
     remote = opened(cache_dir=tmp_path / "cache", cache_size=500_000)
     with pytest.raises(LoaderError, match=r"does not fit the cache.*at least \d+ are needed"):
         data.read(remote.fetcher(), np.array([0]))
-
-
-def test_a_plan_that_begins_anew_takes_back_what_it_announced(data, opened):
-    remote = opened()
-    for batch, samples in enumerate(fetching.shuffled(len(data), 50)):
-        data.announce(remote, batch, samples)
-    remote.forget()
-    assert data.stream(remote, fetching.shuffled(len(data), 50, seed=1)) == len(data)
 
 
 def test_a_killed_download_process_is_an_error(data, opened):
@@ -428,7 +459,7 @@ def test_whoever_comes_next_removes_what_killed_ones_left(data, temporary, opene
     def trainer(writer):
         other = fetching.Remote(**vars(data))
         other.digests = ["another", "data", "set"]
-        remote = other.fetch()
+        remote = other.fetch(sidecars=False)
         other.stream(remote, fetching.shuffled(len(data), 50)[:3])
         os.write(writer, b"%d" % remote._process.pid)
         time.sleep(60)
@@ -485,8 +516,45 @@ def test_a_block_that_is_cut_within_a_boot_is_fetched_again(data, site, opened, 
     assert len(tars(site)) == asked + 1
 
 
+def test_hashes_that_are_cut_are_read_from_the_sidecar_again(data, site, opened, tmp_path):
+    remote = opened(cache_dir=tmp_path / "cache")
+    data.read(remote.fetcher(), np.array([0]))
+    remote.close()
+    for path in (tmp_path / "cache" / "blocks").iterdir():
+        os.truncate(path, 1000)
+    asked = len(site.requests)
+    remote = opened(cache_dir=tmp_path / "cache")
+    assert bytes(data.read(remote.fetcher(), np.array([0]))[0]) == data.expected(0)
+    assert len(site.requests) == asked + 2
+
+
+def test_time_that_a_reader_takes_is_not_time_waited(data, site, opened):
+    def script(what: str, _number: int):
+        return "delay" if "001.tar" in what else None
+
+    with proxies.running_proxy(site.url, script) as proxy:
+        proxy.delay = 3.0
+        data.url = f"{proxy.url}/data"
+        remote = opened(data)
+        fetcher = remote.fetcher()
+        data.read(fetcher, np.array([0]))  # all there but the block that is slow
+        fetcher._timeout = 2.0
+        data.announce(remote, 1, np.array([150]))
+        for number, span in fetcher.read(*data.part(np.array([0, 150])), batch=1):
+            assert bytes(span) == data.expected([0, 150][number])
+            if number == 0:
+                time.sleep(2.5)
+        assert settled(remote)["wait_us"] < 2e6
+
+
 def test_arguments_out_of_range_are_refused(data, tmp_path):
-    for settings in ({"cache_size": 0}, {"timeout": 0}, {"downloads": 0}, {"request_timeout": -1}):
+    for settings in (
+        {"cache_size": 0},
+        {"cache_size": "64GB"},
+        {"timeout": 0},
+        {"downloads": 0},
+        {"request_timeout": -1},
+    ):
         with pytest.raises(UsageError, match=next(iter(settings))):
             data.fetch(**settings)
     (tmp_path / "file").write_bytes(b"")
