@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -75,6 +77,21 @@ def test_moto_behind_faults_gives_what_local_files_give(nursery, pictures, tmp_p
         environment = server.environment | {"AWS_ENDPOINT_URL": proxy.url, "AWS_MAX_ATTEMPTS": "9"}
         assert batches_of(nursery, tmp_path, "remote", "s3://lab/set", environment) == local
         assert len(proxy.met) > 3
+
+
+def test_compressed_shards_behind_faults_give_what_plain_local_ones_give(nursery, pictures, tmp_path):
+    packed = tmp_path / "packed"
+    command = ["-m", "shardify.cli", "reshard", str(pictures), "--out", str(packed), "--compress", "zstd"]
+    command += ["--shards", "5", "--no-shuffle"]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    local = batches_of(nursery, tmp_path, "local", pictures)
+    with running_nginx(packed, tmp_path / "nginx") as url, running_proxy(url, faults(1)) as proxy:
+        proxy.retry_after = 0
+        assert batches_of(nursery, tmp_path, "remote", proxy.url) == local
+        assert {path for _, path, _ in proxy.requests if ".tar" in path} == {
+            f"/00{shard}.tar.zst" for shard in range(5)
+        }
+        assert len(proxy.met) > 2
 
 
 @pytest.mark.parametrize("fault", [503, "drop", "truncate"])
