@@ -92,36 +92,39 @@ def test_packing_changes_no_loss(traces, name):
     assert losses(traces / name) == pytest.approx(losses(traces / "padded"), abs=1e-4)
 
 
-def test_a_killed_run_of_two_continues_alone_with_the_same_losses(options, traces, tmp_path):
-    run = [
-        *options,
-        "--steps",
-        STEPS,
-        "--checkpoint-dir",
-        tmp_path / "checkpoints",
-        "--trace",
-        tmp_path / "trace",
-    ]
-    process = subprocess.Popen(
-        command(*run, "--batch-size", 2, "--save-every", 3, "--fsdp", processes=2),
-        env=ENVIRONMENT,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while not (tmp_path / "checkpoints/step-000000006").exists():
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        kill(process)
-    (tmp_path / "checkpoints/unfinished").mkdir(exist_ok=True)  # as if it had been killed while it wrote
-    (tmp_path / "checkpoints/unfinished/__7_0.distcp").touch()
+def newest_step(folder):
+    return max((int(path.name.removeprefix("step-")) for path in folder.glob("step-*")), default=0)
+
+
+def test_runs_of_two_sharded_or_not_killed_and_continued_alone_have_the_same_losses(
+    options, traces, tmp_path
+):
+    folder, trace = tmp_path / "checkpoints", tmp_path / "trace"
+    run = [*options, "--steps", STEPS, "--checkpoint-dir", folder, "--trace", trace]
+    for shared in (["--fsdp"], []):
+        begin = newest_step(folder)
+        process = subprocess.Popen(
+            command(*run, "--batch-size", 2, "--save-every", 3, *shared, processes=2),
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + TIMEOUT
+        try:
+            while newest_step(folder) == begin:
+                assert process.poll() is None, "it ended before it could be killed"
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            kill(process)
+    assert newest_step(folder) < STEPS
+    (folder / "unfinished").mkdir(exist_ok=True)  # as if it had been killed while it wrote
+    (folder / "unfinished/__7_0.distcp").touch()
     out = trained(*run, "--batch-size", 4, "--save-every", 100)
     assert "continuing after step" in out
-    newest = max((tmp_path / "checkpoints").iterdir())
-    assert not (newest / "__7_0.distcp").exists()
-    assert losses(tmp_path / "trace") == pytest.approx(losses(traces / "alone"), abs=1e-4)
+    assert not (max(folder.iterdir()) / "__7_0.distcp").exists()
+    assert {line["world_size"] for lines in trace_lines(trace).values() for line in lines} == {1, 2}
+    assert len({line["resumed"] for lines in trace_lines(trace).values() for line in lines}) == 3
+    assert losses(trace) == pytest.approx(losses(traces / "alone"), abs=1e-4)
 
 
 def test_the_tiny_model_learns_64_samples_by_heart(tmp_path):
