@@ -9,7 +9,6 @@ default model, ``tiny``, is made from a configuration and needs no download. doc
 import argparse
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -23,20 +22,20 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils.hub import cached_file
 
 from loaders import Batch, DevicePrefetcher, ImageTransform, LlavaText, StreamingLoader
+from loaders.subset import Split
 from loaders.text import IGNORE_INDEX, ByteTokenizer, Tokenizer
 from loaders.training import (
     Progress,
+    Span,
     expand_images,
+    export_model,
     load_checkpoint,
     newest_checkpoint,
     open_log,
@@ -45,15 +44,11 @@ from loaders.training import (
     save_checkpoint,
     write_trace,
 )
+from loaders.training.options import count_or_share, positive, rate, share, stretch
 from shardify.errors import ShardifyError, UsageError
 
 WARM_UP = 0.03  # of the run; then a cosine down to nothing
 MAX_GRADIENT_NORM = 1.0
-PREPROCESSING = (  # files of a model that are exported as they are
-    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
-    "chat_template.json chat_template.jinja processor_config.json preprocessor_config.json"
-)
-Split = Literal["train", "validation"] | None
 GROUPS = ("none", "modality", "length", "modality_length")
 
 
@@ -75,7 +70,6 @@ STAGES = {
         "v1", "pad", 2e-5, 128, "modality_length", ("multi_modal_projector", "language_model", "lm_head")
     ),
 }
-TINY: dict[str, Any] = {"learning_rate": 3e-3, "global_batch": 32}  # instead, for the tiny model
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -83,12 +77,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train LLaVA on shards.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    positive = _checked(int, lambda number: number > 0, "positive")
-    rate = _checked(float, lambda number: 0 < number < math.inf, "a positive number")
-    share = _checked(float, lambda number: 0 <= number < 1, "a share, from 0 to below 1")
     add = parser.add_argument_group("what is trained").add_argument
     add("--model", default="tiny", help="tiny, or the name or path of a LLaVA model that transformers loads")
     add("--stage", choices=STAGES, default="finetune", help="train the projector; or the language model, too")
+    add("--template", metavar="NAME", help="of conversations; None: pretrain plain, finetune v1")
     add("--export", type=Path, metavar="DIR", help="write the trained model there, for from_pretrained")
     add("--seed", type=int, default=0, help="of the order of samples, and of the tiny model")
     add = parser.add_argument_group("on what").add_argument
@@ -97,20 +89,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--group-by", choices=GROUPS, help="what a step's samples share; None: finetune modality_length")
     add("--pack-tokens", type=positive, metavar="N", help="several samples in a row of at most N tokens")
     add("--exclude", metavar="FILE", help="ids, URLs and image hashes of samples to leave out")
-    add("--skip", nargs="+", type=_stretch, default=[], metavar="FROM:TO", help="steps to leave out, not TO")
-    add("--max-errors", type=rate, help="end the run beyond so many bad samples; below 1, a share")
+    add("--skip", nargs="+", type=stretch, default=[], metavar="FROM:TO", help="steps to leave out, not TO")
+    add("--max-errors", type=count_or_share, help="end the run beyond so many bad samples; below 1, a share")
     add("--num-workers", type=int, default=4, help="processes that load data for each training process")
     add = parser.add_argument_group("how").add_argument
     size = "samples (packed: rows) per process and pass; None: what makes 256 a step, finetune 128, tiny 32"
     add("--batch-size", type=positive, help=size)
     add("--accumulate", type=positive, default=1, help="passes in a step")
-    length = parser.add_mutually_exclusive_group()
+    either = parser.add_mutually_exclusive_group().add_argument
     # no default here: argparse would not see that the default was given together with --steps
-    length.add_argument(
-        "--epochs", type=positive, help="passes over the data; None: 1, unless --steps is given"
-    )
-    length.add_argument("--steps", type=positive, help="steps, instead of --epochs")
-    add("--lr", type=rate, help="its peak; None: pretrain 1e-3, finetune 2e-5, tiny 3e-3")
+    either("--epochs", type=positive, help="passes over the data; None: 1, unless --steps is given")
+    either("--steps", type=positive, help="steps, instead of --epochs")
+    add("--lr", dest="learning_rate", type=rate, help="None: pretrain 1e-3, finetune 2e-5, tiny 3e-3")
     add("--bf16", action="store_true", help="compute in bfloat16")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more computing")
     add("--fsdp", action="store_true", help="share parameters and optimizer out over the processes")
@@ -124,18 +114,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _checked(kind: Callable[[str], Any], fits: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
-    def number(text: str) -> Any:
-        if not fits(value := kind(text)):
-            raise argparse.ArgumentTypeError(f"{text} is not {what}")
-        return value
-
-    return number
-
-
-def _stretch(text: str) -> tuple[int, int]:
-    begin, _, end = text.partition(":")
-    return int(begin), int(end)
+def chosen_stage(arguments: argparse.Namespace) -> Stage:
+    """The stage, with what the command line says instead."""
+    given = {name: getattr(arguments, name) for name in ("template", "learning_rate", "group_by")}
+    tiny = {"learning_rate": 3e-3, "global_batch": 32} if arguments.model == "tiny" else {}
+    return replace(
+        STAGES[arguments.stage], **(tiny | {name: value for name, value in given.items() if value})
+    )
 
 
 def model_config(name: str) -> Any:
@@ -304,6 +289,7 @@ def _gradients_meet(model: Any, now: bool) -> AbstractContextManager[Any]:
 @torch.no_grad()
 def evaluate(model: Any, batches: DevicePrefetcher, *, accumulate: int = 1, bf16: bool = False) -> float:
     """The loss over all that is held out, each sample once; the mean over its tokens."""
+    model.eval()
     losses = tokens = torch.zeros((), dtype=torch.float64, device=batches.device)
     for batch in batches:
         tokens = tokens + supervised(batch)
@@ -311,6 +297,7 @@ def evaluate(model: Any, batches: DevicePrefetcher, *, accumulate: int = 1, bf16
             with torch.autocast(values[0].device.type, torch.bfloat16, enabled=bf16):
                 losses = losses + model(*values)
     batches.close()
+    model.train()
     losses, tokens = summed_over_ranks(losses, tokens)
     return (losses / tokens).item()
 
@@ -322,48 +309,29 @@ def learning_rate(peak: float, progress: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
 
 
-def export(folder: Path, name: str, llava: Any) -> None:
-    """Write a model as `from_pretrained` loads it, in its own dtype, with what its texts and images were prepared by."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: dict[str, Any] = get_model_state_dict(llava, options=options)  # of all ranks' shares
-    if dist.get_rank() != 0:
-        return
-    dtype = llava.config.dtype or torch.float32
-    llava.save_pretrained(folder, state_dict={path: weight.to(dtype) for path, weight in weights.items()})
-    for file in PREPROCESSING.split() if name != "tiny" else ():
-        try:
-            shutil.copy(str(cached_file(name, file)), folder)
-        except OSError:  # which says that the model has no such file
-            continue
-
-
 def make_loader(
     arguments: argparse.Namespace, stage: Stage, split: Split, *, image_tokens: int, **fits: Any
 ) -> StreamingLoader:
     """The samples to train on, or those that are held out."""
-    passed = dist.get_world_size() * arguments.accumulate
-    size = arguments.batch_size or stage.global_batch // passed
-    if not arguments.batch_size and size * passed != stage.global_batch:
+    ways = dist.get_world_size() * arguments.accumulate
+    size = arguments.batch_size * ways if arguments.batch_size else stage.global_batch
+    if size % ways:
         raise UsageError(
-            f"{dist.get_world_size()} processes x {arguments.accumulate} passes cannot share a global batch of "
-            f"{stage.global_batch}; give --batch-size"
+            f"{dist.get_world_size()} processes x {arguments.accumulate} passes cannot share a global batch of {size}; give --batch-size"
         )
-    group_by = arguments.group_by or stage.group_by
-    options: dict[str, Any] = {"skip": arguments.skip}
-    if group_by != "none":
-        options["group_by"] = group_by
-    if arguments.pack_tokens:  # exact lengths; else words, as LLaVA measures
-        options |= {"pack_tokens": arguments.pack_tokens, "image_tokens": image_tokens}
-    if split == "validation":
-        options = {"shuffle": None}
-    if split:
-        options |= {"split": split, "validation": arguments.validation}
+    options: dict[str, Any] = {"shuffle": None}
+    if split != "validation":
+        options = {"skip": arguments.skip, "group_by": None if stage.group_by == "none" else stage.group_by}
+        if arguments.pack_tokens:  # exact lengths; else words, as LLaVA measures
+            options |= {"pack_tokens": arguments.pack_tokens, "image_tokens": image_tokens}
     loader = StreamingLoader(
         arguments.shards,
-        global_batch_size=size * passed,
+        global_batch_size=size,
         seed=arguments.seed,
+        split=split,
+        validation=arguments.validation,
         exclude=arguments.exclude,
-        max_errors=int(limit) if (limit := arguments.max_errors) and limit >= 1 else limit,
+        max_errors=arguments.max_errors,
         num_workers=arguments.num_workers,
         **fits,
         **options,
@@ -379,91 +347,73 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     for option in ("checkpoint_dir", "trace", "export"):
         if path := getattr(arguments, option):
             require_writable(path, f"--{option.replace('_', '-')}")
-    stage = STAGES[arguments.stage]
-    if arguments.model == "tiny":
-        stage = replace(stage, **TINY)
+    if arguments.export and arguments.export.resolve() == Path(arguments.model).resolve():
+        raise UsageError(
+            f"--export {arguments.export} is the --model, which a run needs as it was: choose another"
+        )
+    stage = chosen_stage(arguments)
     config = model_config(arguments.model)
     text, image = preprocessing(arguments.model, config, stage, arguments.max_length)
     image_tokens = count_image_tokens(config, image)
     log = open_log(arguments.log, vars(arguments))
 
     make = partial(make_loader, arguments, stage, text=text, image=image, image_tokens=image_tokens)
-    loader = make("train" if arguments.validation else None)
     tokens = {"image_token": config.image_token_id, "tokens_per_image": image_tokens}
     prepare = partial(expand_images, **tokens, max_length=arguments.max_length)
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    batches, held_out = DevicePrefetcher(loader, device, dtype, prepare=prepare), None
-    if arguments.validation:
-        held_out = DevicePrefetcher(make("validation"), device, dtype, prepare=prepare)
+    ahead = partial(DevicePrefetcher, device=device, dtype=dtype, prepare=prepare)
+    loader = make("train" if arguments.validation else None)
+    batches = ahead(loader)
+    held_out = ahead(make("validation")) if arguments.validation else None
 
     llava = build_model(arguments.model, config, stage, arguments.seed)
     if arguments.gradient_checkpointing:
         llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = share_out(SummedLoss(llava), device, fsdp=arguments.fsdp, bf16=arguments.bf16)
     trained = [parameter for parameter in llava.parameters() if parameter.requires_grad]
-    peak = arguments.lr or stage.learning_rate
-    optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=stage.learning_rate, weight_decay=0.0)
 
     identity = {"model": arguments.model, "stage": arguments.stage}
     if found := newest_checkpoint(folder, identity) if folder else None:
         loader.load_state_dict(found[1]["loader"])
-    require_agreement(loader)
+    require_agreement(loader, folder)
     if found:
         load_checkpoint(found[0], llava, optimizer)
+
+    span = Span(loader.samples, epochs=arguments.epochs or 1, steps=arguments.steps)
+    progress = Progress(loader, batches, span)
     state = loader.state_dict()
-    resumed, samples = state["step"], (arguments.epochs or 1) * loader.samples
-
-    def done(state: dict[str, Any]) -> float:
-        """The share of the run up to a state; of epochs it counts samples, so that another batch size changes nothing."""
-        return float(state["step"] / arguments.steps if arguments.steps else state["samples"] / samples)
-
-    def finished(state: dict[str, Any]) -> bool:
-        count, limit = ("step", arguments.steps) if arguments.steps else ("epoch", arguments.epochs or 1)
-        return bool(state[count] >= limit)
-
-    def due(every: int) -> bool:
-        return finished(state) or step // every > before["step"] // every
-
-    progress = Progress(loader, batches, state["samples"], done(state))
-    if finished(state):
-        progress.say(f"nothing left to train: {resumed} steps, {state['samples']} samples are done")
-    elif resumed:
-        progress.say(f"continuing after step {resumed}, {state['samples']} samples ({done(state):.0%})")
+    resumed = state["step"]
     computing = {"accumulate": arguments.accumulate, "bf16": arguments.bf16}
     endless = chain.from_iterable(repeat(batches))  # epoch after epoch
-    while not finished(state):
+    while not span.is_over(state):
         before, batch = state, next(endless)
         state, step = batch.state, batch.state["step"]
         loss = train_step(model, batch, **computing).item()
         norm = nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
-        rate = learning_rate(peak, (done(before) + done(state)) / 2)
+        rate = learning_rate(stage.learning_rate, (span.share(before) + span.share(state)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
 
+        progress.step(state, loss)
         if arguments.trace:  # before the ranks meet at a checkpoint: what is in it is in every rank's trace
-            where = {
-                "resumed": resumed,
-                "step": step,
-                "epoch": before["epoch"],
-                "world_size": dist.get_world_size(),
-            }
-            write_trace(arguments.trace, batch, loss, supervised=int(supervised(batch)), **where)
-        progress.step(state, done(state), loss)
+            where = {"resumed": resumed, "epoch": before["epoch"], "supervised": int(supervised(batch))}
+            write_trace(arguments.trace, batch, loss, **where)
         if arguments.log:
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            log(progress.scalars(loss, rate, norm.item()), step)
-        if held_out is not None and due(arguments.eval_every):
+            log(progress.scalars(loss, rate, norm), step)
+        if held_out is not None and span.passes(arguments.eval_every, before, state):
             validation = evaluate(model, held_out, **computing)
             progress.say(f"after step {step}: loss {validation:.4f} over what is held out")
             log({"validation/loss": validation}, step)
-        if folder and due(arguments.save_every):
+        if folder and span.passes(arguments.save_every, before, state):
             save_checkpoint(folder, llava, optimizer, identity | {"step": step, "loader": state})
     progress.close()
     batches.close()
     if arguments.export:
-        export(arguments.export, arguments.model, llava)
+        source = None if arguments.model == "tiny" else arguments.model
+        export_model(arguments.export, llava, dtype=config.dtype or torch.float32, source=source)
         progress.say(f"exported to {arguments.export}")
 
 
@@ -472,6 +422,8 @@ def join_ranks() -> torch.device:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index >= (found := torch.cuda.device_count()):
+            raise UsageError(f"a process for each GPU: there are {found} here, and more processes")
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
@@ -483,25 +435,23 @@ def join_ranks() -> torch.device:
 
 def main() -> int:
     """The exit status: 0 done, 1 the data or the run failed, 2 wrong usage, 130 interrupted."""
-    arguments = parse_arguments()
-    device = join_ranks()
+    arguments, rank = parse_arguments(), os.environ.get("RANK", "0")
     try:
-        train(arguments, device)
+        train(arguments, join_ranks())
     except ShardifyError as error:  # every rank says so: torchrun stops all others when one has ended
-        print(f"train.py: rank {dist.get_rank()}: {error}", file=sys.stderr, flush=True)
+        print(f"train.py: rank {rank}: {error}", file=sys.stderr, flush=True)
         return error.exit_status
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if not str(error).startswith(
-            "DataLoader worker"
-        ):  # torch says so wherever the main thread is just then
+        if not str(error).startswith("DataLoader worker"):  # torch says so wherever the main thread is then
             raise
-        print(f"train.py: rank {dist.get_rank()}: {error} Was memory short?", file=sys.stderr, flush=True)
+        print(f"train.py: rank {rank}: {error} Was memory short?", file=sys.stderr, flush=True)
         return 1
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

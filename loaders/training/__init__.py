@@ -1,4 +1,4 @@
-"""What a training script needs beside batches: LLaVA's image tokens, checkpoints, and what is told of a run. train.py shows their use."""
+"""What a training script needs beside batches: LLaVA's image tokens, checkpoints, an export, and how far a run is. train.py shows their use."""
 
 from loaders.training.checkpoints import (
     CheckpointError,
@@ -9,12 +9,16 @@ from loaders.training.checkpoints import (
     save_checkpoint,
 )
 from loaders.training.expand import expand_images
-from loaders.training.progress import Progress, open_log, write_trace
+from loaders.training.export import ExportError, export_model
+from loaders.training.progress import Progress, Span, open_log, write_trace
 
 __all__ = [
     "CheckpointError",
+    "ExportError",
     "Progress",
+    "Span",
     "expand_images",
+    "export_model",
     "load_checkpoint",
     "newest_checkpoint",
     "open_log",

@@ -84,7 +84,7 @@ def save_checkpoint(
         for old in sorted(folder.glob("step-*"))[:-CHECKPOINTS_KEPT]:
             shutil.rmtree(old)
     except (OSError, RuntimeError, CheckpointException) as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+        raise CheckpointError(f"{path} cannot be written ({_reason(error)}){_free(folder)}") from error
 
 
 def newest_checkpoint(folder: Path, identity: dict[str, str]) -> tuple[Path, dict[str, Any]] | None:
@@ -132,12 +132,29 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def _unreadable(path: Path, error: BaseException) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of torch's, a traceback as text
-    return CheckpointError(f"{path} cannot be read ({reason}); delete it to continue from the one before")
+    return CheckpointError(
+        f"{path} cannot be read ({_reason(error)}); delete it to continue from the one before"
+    )
 
 
-def require_agreement(loader: StreamingLoader) -> None:
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]  # of torch's, a traceback as text
+
+
+def _free(folder: Path) -> str:
+    """Torch does not say so when the disk is full."""
+    try:
+        return f"; {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there"
+    except OSError:
+        return ""
+
+
+def require_agreement(loader: StreamingLoader, folder: Path | None = None) -> None:
     """All ranks must begin at the same step, over the same shards: else they would repeat data, and wait for each other for ever.
+
+    Args:
+        loader: with the state that the run begins with.
+        folder: of checkpoints, which all ranks must see. Default None: there is none.
 
     Raises:
         StateError: they do not, with what each rank has.
@@ -151,3 +168,18 @@ def require_agreement(loader: StreamingLoader) -> None:
             for rank, (left, state) in enumerate(ranks)
         )
         raise StateError(f"the ranks do not see the same shards and checkpoints: {told}")
+    if folder is not None:
+        _require_sight(folder)
+
+
+def _require_sight(folder: Path) -> None:
+    """Else the first checkpoint would have the share of rank 0 alone."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="seen-by-all-") as file:
+        name = [Path(file.name).name]
+        dist.broadcast_object_list(name)
+        seen: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, (folder / name[0]).exists())
+    if blind := [str(rank) for rank, sees in enumerate(seen) if not sees]:
+        raise StateError(
+            f"rank {', '.join(blind)} does not see what rank 0 writes to {folder}; checkpoints need a folder that all see"
+        )

@@ -1,4 +1,4 @@
-"""What a run tells: a bar or lines, scalars for a logger, and a trace of what each step trained on."""
+"""How far a run is, and what it tells: a bar or lines, scalars for a logger, and a trace of what each step trained on."""
 
 import importlib
 import json
@@ -7,44 +7,83 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from loaders.batch import Batch
 from loaders.device import DevicePrefetcher
 from loaders.loader import StreamingLoader
+from loaders.state import State
 from shardify.errors import UsageError
 
 SECONDS_BETWEEN_LINES = 5.0  # of progress, where there is no terminal for a bar
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """How long a run is.
+
+    Attributes:
+        samples: of an epoch.
+        epochs: passes over them.
+        steps: instead of epochs. Default None.
+    """
+
+    samples: int
+    _: KW_ONLY
+    epochs: int = 1
+    steps: int | None = None
+
+    def is_over(self, state: State) -> bool:
+        """Whether nothing is left to do after a state."""
+        return bool(state["step"] >= self.steps if self.steps else state["epoch"] >= self.epochs)
+
+    def share(self, state: State) -> float:
+        """The part of the run up to a state, from 0 to 1; of epochs it counts samples, so that another batch size changes nothing."""
+        return float(
+            state["step"] / self.steps if self.steps else state["samples"] / self.epochs / self.samples
+        )
+
+    def passes(self, every: int, before: State, after: State) -> bool:
+        """Whether a multiple of so many steps, or the end, lies behind the one state and not behind the other; steps may be left out."""
+        return self.is_over(after) or after["step"] // every > before["step"] // every
 
 
 class Progress:
     """What rank 0 tells of a run: a bar, or lines where there is no terminal, and a summary.
 
     Args:
-        loader: of the run.
+        loader: of the run, where it begins.
         batches: over it.
-        seen: samples at the beginning, a resumed run's included.
-        done: the share of the run that they are.
+        span: of the run.
     """
 
-    def __init__(self, loader: StreamingLoader, batches: DevicePrefetcher, seen: int, done: float) -> None:
+    def __init__(self, loader: StreamingLoader, batches: DevicePrefetcher, span: Span) -> None:
         self._shown = dist.get_rank() == 0
-        self._loader, self._batches = loader, batches
+        self._loader, self._batches, self._span = loader, batches, span
+        state = loader.state_dict()
+        self._done = span.share(state)
+        self._first = self._seen = state["samples"]
+        if span.is_over(state):
+            self.say(f"nothing left to train: {state['step']} steps, {self._seen} samples are done")
+        elif state["step"]:
+            self.say(f"continuing after step {state['step']}, {self._seen} samples ({self._done:.0%})")
         bar = self._shown and sys.stderr.isatty()
         form = "{percentage:.1f} %|{bar}| {elapsed}<{remaining}{postfix}"
-        self._bar = tqdm(initial=done, total=1.0, bar_format=form, disable=not bar)
-        self._done = done
-        self._first = self._seen = seen
+        self._bar = tqdm(initial=self._done, total=1.0, bar_format=form, disable=not bar)
         self._losses: list[float] = []
         self._began = self._told = time.perf_counter()
 
-    def step(self, state: dict[str, Any], done: float, loss: float) -> None:
-        """A step is done, and with it this share of the run."""
+    def step(self, state: State, loss: float) -> None:
+        """A step is done."""
         self._losses.append(loss)
+        done = self._span.share(state)
         self._seen, self._done, more = state["samples"], done, done - self._done
         told = f"step {state['step']}, loss {loss:.3f}, {self._pace()}; loader {self._loader.stats().line()}"
         self._bar.set_postfix_str(told, refresh=False)
@@ -53,9 +92,10 @@ class Progress:
             self._told = time.perf_counter()
             self.say(f"{done:.1%}: {told}")
 
-    def scalars(self, loss: float, rate: float, norm: float) -> dict[str, float]:
-        """What is logged of a step."""
-        own = {"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": norm}
+    def scalars(self, loss: float, rate: float, norm: Tensor) -> dict[str, float]:
+        """What is logged of a step; every rank must call it."""
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        own = {"train/loss": loss, "train/learning_rate": rate, "train/gradient_norm": norm.item()}
         return own | self._loader.stats().as_scalars() | self._batches.stats().as_scalars()
 
     def close(self) -> None:
@@ -122,13 +162,14 @@ def open_log(name: str | None, settings: dict[str, Any]) -> Callable[[dict[str, 
     return write
 
 
-def write_trace(folder: Path, batch: Batch, loss: float, *, supervised: int, **where: int) -> None:
-    """A line of JSON for one step, in rank*.jsonl: the valid samples of this rank, its tokens that are trained on, and the loss of all ranks."""
+def write_trace(folder: Path, batch: Batch, loss: float, **facts: int) -> None:
+    """A line of JSON for one step, in rank*.jsonl: the valid samples of this rank, the loss of all ranks, and other facts."""
     valid = batch.valid.nonzero().flatten().tolist()
-    line = where | {
+    line = facts | {
+        "step": batch.state["step"],
+        "world_size": dist.get_world_size(),
         "positions": batch.positions[valid].tolist(),
         "keys": [batch.keys[sample] for sample in valid],
-        "supervised": supervised,
         "loss": loss,
     }
     with (folder / f"rank{dist.get_rank()}.jsonl").open("a") as file:

@@ -1,8 +1,10 @@
 """train.py as people run it: real processes, real shards, real kills."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,8 @@ from launch import (
     trace_lines,
     trained,
 )
+
+from tests.faults.nursery import members
 
 
 def packed_keys(shards):
@@ -123,7 +127,53 @@ def test_a_killed_run_continues_with_any_number_of_processes(demo, tmp_path):
         assert {line["world_size"] for line in counted} == {2, processes}
         assert [file.name for file in (here / "checkpoints").glob("unfinished")] == []
         if processes == 1:
-            assert "nothing left to train" in trained(*again, processes=2)
+            out = trained(*again, "--export", here / "model", processes=2)
+            assert "nothing left to train" in out
+            assert f"exported to {here / 'model'}" in out
+            assert (here / "model/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "told"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, -15, "")]
+)
+def test_signals_end_a_run_at_once_and_it_continues(mixed, tmp_path, number, status, told):
+    options = [
+        "--shards",
+        mixed,
+        "--batch-size",
+        2,
+        "--num-workers",
+        2,
+        "--save-every",
+        2,
+        "--checkpoint-dir",
+        tmp_path,
+    ]
+    process = subprocess.Popen(
+        command(*options, "--steps", 1_000_000),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not list(tmp_path.glob("step-*")):
+            assert process.poll() is None, "it ended before it could be told"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, number)  # as a terminal and a scheduler do: to the workers, too
+        _, errors = process.communicate(timeout=60)
+    finally:
+        kill(process)
+    assert process.returncode == status
+    assert told in errors
+    assert "Traceback" not in errors
+    while members(process.pid):
+        assert time.monotonic() < deadline, "workers outlive the run"
+        time.sleep(0.01)
+    step = max(int(path.name.removeprefix("step-")) for path in tmp_path.glob("step-*"))
+    assert f"nothing left to train: {step} steps" in trained(*options, "--steps", step)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -151,7 +201,7 @@ def test_pretraining_runs_on_where_a_rank_has_nothing_to_train_on(mixed):
     [
         ([], 2, "--shards"),
         (["--shards", "data", "--epochs", "1", "--steps", "1"], 2, "not allowed with"),
-        (["--shards", "data", "--batch-size", "0"], 2, "0 is not positive"),
+        (["--shards", "data", "--batch-size", "0"], 2, "0 is not a positive whole number"),
         (["--shards", "nowhere/{000..003}.tar"], 1, "nowhere/"),
         (["--shards", "DEMO", "--model", "nowhere/at/all"], 2, "--model nowhere/at/all"),
         (
@@ -159,6 +209,7 @@ def test_pretraining_runs_on_where_a_rank_has_nothing_to_train_on(mixed):
             2,
             "cannot share a global batch of 32; give --batch-size",
         ),
+        (["--shards", "DEMO", "--template", "nonesuch"], 2, "no template 'nonesuch'"),
         (["--shards", "DEMO", "--log", "tensorboard"], 2, "pip install tensorboard"),
     ],
 )
@@ -191,10 +242,13 @@ def run_per_rank(tmp_path, *arguments):
 
 
 def test_ranks_that_see_other_checkpoints_stop_at_once(mixed, tmp_path):
+    options = ["--shards", mixed, "--steps", 3, "--batch-size", 2, "--checkpoint-dir", tmp_path / "RANK"]
+    result = run_per_rank(tmp_path, *options)
+    assert result.returncode == 1
+    assert f"rank 1 does not see what rank 0 writes to {tmp_path}" in result.stderr
+    assert list(tmp_path.glob("?/*")) == []
     trained("--shards", mixed, "--steps", 1, "--batch-size", 2, "--checkpoint-dir", tmp_path / "0")
-    result = run_per_rank(
-        tmp_path, "--shards", mixed, "--steps", 3, "--batch-size", 2, "--checkpoint-dir", tmp_path / "RANK"
-    )
+    result = run_per_rank(tmp_path, *options)
     assert result.returncode == 1
     assert "do not see the same shards and checkpoints: rank 0 is at step 1" in result.stderr
 
