@@ -25,6 +25,7 @@ from shardify.format.names import MANIFEST
 from shardify.format.urls import is_url, shown, split_name
 
 _AT_ONCE = 16  # copies under way
+_TRIES = 3  # where another content comes than was written: it may have changed on its way
 _ABANDONED = (
     3600  # seconds after which what a killed process has left is removed; one at work writes all the time
 )
@@ -142,11 +143,14 @@ def _make(file: RemoteFile) -> str:
 def _download(file: RemoteFile, path: str) -> None:
     from shardify.format import objects
 
-    try:
-        objects.download(file.url, path)
-    except objects.NoObjectError:
-        raise FormatError(f"{shown(file.url)}: no such file; copy or pack the data set again") from None
-    if not _is_it(file, path, passing=False):
+    for _ in range(_TRIES):
+        try:
+            objects.download(file.url, path)
+        except objects.NoObjectError:
+            raise FormatError(f"{shown(file.url)}: no such file; copy or pack the data set again") from None
+        if _is_it(file, path, passing=False):
+            break
+    else:
         raise FormatError(
             f"{shown(file.url)}: not the file that {MANIFEST} names (its hash differs); if the data set is being written, try again when that "
             "is done, else copy or pack it again"

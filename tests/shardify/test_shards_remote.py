@@ -231,6 +231,15 @@ def test_a_damaged_copy_is_fetched_again(site, cache, finished, damage):
     assert kept.read_bytes() == content
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_index_that_is_damaged_on_its_way_is_fetched_again(site, cache, finished, times):
+    site.damaged["/sets/one/index.npy"] = times
+    same(opened_quietly(f"{site.url}/sets/one"), opened_quietly(finished))
+    assert site.paths().count("index.npy") == times + 1
+    (kept,) = cache.glob("*/index.npy")
+    assert kept.read_bytes() == (finished / "index.npy").read_bytes()
+
+
 def test_an_index_that_is_not_the_manifests_is_refused(site, cache, finished):
     index = site.files["/sets/one/index.npy"]
     for wrong in (index[:-1] + b"\x01", index[:-24], b"", b"<html>not here</html>"):

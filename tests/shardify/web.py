@@ -75,6 +75,7 @@ class Site:
         tags: whether it gives entity tags; it never says when a file was changed.
         token: what every request must bring; none when empty.
         elsewhere: where every request is sent on to, a path in front of the site's own; nowhere when empty.
+        damaged: path -> how many of its next answers come with a wrong last byte.
         stall_after: bytes of a body after which it waits for `go`; None for never.
         go: ends that waiting.
         requests: method, path and headers of what was asked, in their order of arrival.
@@ -86,6 +87,7 @@ class Site:
     tags: bool = True
     token: str = ""
     elsewhere: str = ""
+    damaged: dict[str, int] = field(default_factory=dict)
     stall_after: int | None = None
     go: threading.Event = field(default_factory=threading.Event)
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
@@ -108,6 +110,9 @@ def running_site(site: Site) -> Iterator[Site]:
             )
             path = unquote(self.path.partition("?")[0])
             content = site.files.get(path)
+            if content and site.damaged.get(path) and self.command == "GET":
+                site.damaged[path] -= 1
+                content = content[:-1] + bytes([content[-1] ^ 1])
             if site.token and self.headers.get("Authorization") != f"Bearer {site.token}":
                 self.answer(401, b"who is this")
             elif site.elsewhere:
