@@ -346,9 +346,13 @@ class StreamingLoader:
 
     def stats(self) -> LoaderStats:
         """How fast the batches handed out so far came, and what the time went into, on this rank."""
-        if self._run is not None and self._run.remote.is_needed:
-            self._stats.counted(self._run.remote.counters.snapshot())
+        if self._run is not None:
+            self._take_counts(self._run)
         return self._stats.stats()
+
+    def _take_counts(self, run: _Run) -> None:
+        if run.remote.is_needed:
+            self._stats.counted(run.remote.counters.snapshot())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_run": None}  # a copy starts workers of its own
@@ -361,6 +365,7 @@ class StreamingLoader:
         if run.process != os.getpid():
             _foreign_runs.append(run)  # a copy that fork made: ending it here would end the parent's workers
             return
+        self._take_counts(run)
         if run.watch is not None:
             run.watch.close()
         try:
@@ -444,6 +449,7 @@ class StreamingLoader:
                 slab=pending.slab,
                 slabs=run.slabs,
             )
+            self._take_counts(run)
             self._account(built, pending, waited=waited, ready=ready)
             self._state = pending.state
         except BaseException:

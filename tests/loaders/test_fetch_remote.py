@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loaders import StreamingLoader
 from loaders.fetch import RemoteFetch
 from loaders.fetch.requests import Patience, Requests, WrongBytesError
 from shardify.errors import LoaderError, SampleError, UsageError
@@ -105,6 +106,21 @@ def test_a_whole_epoch_is_there_for_the_next_one(data, site, opened):
     asked = len(site.requests)
     data.stream(remote, fetching.shuffled(len(data), 50, seed=1), first=100)
     assert len(site.requests) == asked
+
+
+def test_what_was_fetched_stays_counted_when_a_loader_is_closed(site):
+    loader = StreamingLoader(f"{site.url}/data", batch_size=10, num_workers=1, shuffle=None)
+    for _ in zip(range(5), loader, strict=False):
+        pass
+    loader.close()
+    first = loader.stats().total
+    assert first.requests >= 3
+    assert first.bytes_fetched >= first.bytes_used > 0
+    for _ in loader:
+        pass
+    loader.close()
+    assert loader.stats().total.requests > first.requests
+    assert loader.stats().total.bytes_fetched > first.bytes_fetched
 
 
 def test_what_was_not_announced_comes_too(data, opened):
