@@ -467,6 +467,13 @@ class BatchBuilder:
             work.text = text(record, image_sizes=work.sizes)
         else:
             work.text = text(record)
+        named = work.text.images
+        if named is not None and named != len(
+            work.images
+        ):  # the model would pair images with the wrong places
+            raise SampleError(
+                "images-not-as-recorded", f"{len(work.images)} images, and the record names {named}"
+            )
 
     def _add_images(self, built: Built, plan: BatchPlan, works: list[_Work | None]) -> None:
         """Fit all images, one sample after another; a sample whose image fails is taken out of `works`."""

@@ -158,7 +158,7 @@ class ChatText:
             notes.append("nothing-supervised")
         if self.strict and notes:
             raise TextError(notes[0], f"refused, as strict=True; the notes are {', '.join(notes)}")
-        return TextResult(input_ids, labels, tuple(dict.fromkeys(notes)))
+        return TextResult(input_ids, labels, tuple(dict.fromkeys(notes)), len(sample.images))
 
     def _tokenize(
         self, text: str, answers: Sequence[tuple[int, int]]

@@ -56,11 +56,13 @@ class TextResult:
             ``text-truncated`` (it was longer than `max_length`),
             ``tokenization-mismatch`` (the reference's arithmetic failed: nothing is trained on),
             ``nothing-supervised`` (nothing is trained on, for another reason: no answer, or it was cut off).
+        images: that the record names, to be compared with those that its sample has; None (default) for a text that does not look.
     """
 
     input_ids: list[int]
     labels: list[int]
     notes: tuple[str, ...] = ()
+    images: int | None = None
 
 
 class LlavaText:
@@ -186,7 +188,7 @@ class LlavaText:
             notes.append("nothing-supervised")
         if self.strict and notes:
             raise TextError(notes[0], f"refused, as strict=True; the notes are {', '.join(notes)}")
-        return TextResult(input_ids, labels, tuple(dict.fromkeys(notes)))
+        return TextResult(input_ids, labels, tuple(dict.fromkeys(notes)), len(sample.images))
 
     def _by_reference(
         self, segments: Sequence[Segment], cut_images: bool, notes: list[str]
