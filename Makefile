@@ -56,14 +56,18 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# torch first and alone: a resolver that sees it among others may prefer a build with gigabytes of CUDA;
+# torch first and alone: a resolver that sees it among others may prefer a build with gigabytes of CUDA. uv takes seconds for what takes pip
+# minutes; where it finds no packages (an index that only pip's settings name) pip does it.
 # mistral-common in a folder of its own: tests read a SentencePiece model that it ships; where it could be imported without all that it
 # depends on, transformers would make no processor
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+OURSELVES := -e '.[train,demo,ray,aws,dev]'
+
 $(READY): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,demo,ray,aws,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/models mistral-common
+	$(PIP) torch uv
+	UV_NATIVE_TLS=1 $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt $(OURSELVES) || $(PIP) $(OURSELVES)
+	$(PIP) --no-deps --upgrade --target $(VENV)/models mistral-common
 	touch $@
 
 clean:
