@@ -9,13 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
-from itertools import pairwise
+from itertools import chain, islice, pairwise
+from operator import eq
 
 import numpy as np
 import numpy.typing as npt
 
 from shardify.errors import FormatError, ImageError, RecordError
 from shardify.format.hashing import hash_file
+from shardify.format.headers import BLOCK
 from shardify.format.mapped import MappedWindow
 from shardify.format.names import RECORD_FIELD, TAR_ZST, is_image_field
 from shardify.format.sidecar import ShardInfo, SidecarBuilder
@@ -115,6 +117,7 @@ def _scan_frames(file: FileIO, rows: "_Rows", where: str) -> str:
 
 
 _NO_RECORD: Measured = (None, 0, 0, True)
+_FEW = 8  # samples that are not worth being looked at together
 
 
 class _Rows:
@@ -133,7 +136,7 @@ class _Rows:
         self._frame: tuple[int, int] | None = None
         self._record = _NO_RECORD
         # of all so far
-        self._members = self._images = 0
+        self._before = self._members = self._images = 0  # members of earlier runs, and of rows
         self._ended: list[tuple[str, str | None, int, int, int, int]] = []
         self.key: str | None = None
         self.builder = SidecarBuilder()
@@ -142,11 +145,28 @@ class _Rows:
 
     def add(self, run: Run, *, frame: tuple[int, int] | None = None) -> None:
         """Add members of this sample, and of those that follow; `frame` is where they lie and how many bytes, in a compressed shard."""
-        fields, key, before, found = self._fields, self.key, self._members, []
-        for number, (this, field, data) in enumerate(zip(run.keys, run.fields, run.data, strict=True)):
+        alike = _samples_alike(run, self.key)
+        self._add_one_by_one(run, 0, alike.start, frame)
+        if len(alike):
+            self._end_row()
+            self._give_rows()
+            self._add_alike(run, alike, frame)
+            self.key = None  # all of them are complete
+        self._add_one_by_one(run, alike.stop, len(run.keys), frame)
+        self._before += len(run.keys)
+        self.builder.add_members(run.fields, run.offsets, run.sizes, run.digests)
+        self._give_rows()
+
+    def _add_one_by_one(self, run: Run, begin: int, end: int, frame: tuple[int, int] | None) -> None:
+        """The members from `begin` to `end` of a run."""
+        fields, key, found = self._fields, self.key, []
+        some = slice(begin, end)
+        for number, (this, field, data) in enumerate(
+            zip(run.keys[some], run.fields[some], run.data[some], strict=True), begin
+        ):
             if this != key:
-                if number:
-                    self._members, self._end = before + number, run.end(number - 1)
+                if number > begin:
+                    self._members, self._end = self._before + number, run.end(number - 1)
                 self._end_row()
                 self.key = key = this
                 self._begin, self._frame = run.begins[number], frame
@@ -157,16 +177,52 @@ class _Rows:
                 )
             fields.add(field)
             if field == RECORD_FIELD:
-                with suppress(RecordError):  # any other JSON
-                    self._record = measure_record(data)
+                self._record = _measured(data)
             elif _is_image(field):
                 found.append((field, *_look_into(field, data)))
                 self._images += 1
-        self._members, self._end = before + len(run.keys), run.end(-1)
-        self.builder.add_members(run.fields, run.offsets, run.sizes, run.digests)
+        if end > begin:
+            self._members, self._end = self._before + end, run.end(end - 1)
         if found:
             self.builder.add_images(*map(list, zip(*found, strict=True)))
-        self._give_rows()
+
+    def _add_alike(self, run: Run, alike: range, frame: tuple[int, int] | None) -> None:
+        """Whole samples with the same fields, from one of which to the next are `alike.step` members: column by column."""
+        count, step = len(alike), alike.step
+        columns = [slice(alike.start + number, alike.stop, step) for number in range(step)]
+        fields = run.fields[alike.start : alike.start + step]
+        records, found = [_NO_RECORD] * count, []
+        for field, column in zip(fields, columns, strict=True):
+            if field == RECORD_FIELD:
+                records = [_measured(data) for data in run.data[column]]
+            elif _is_image(field):
+                found.append([(field, *_look_into(field, data)) for data in run.data[column]])
+        if found:
+            by_sample = chain.from_iterable(zip(*found, strict=True))
+            self.builder.add_images(*map(list, zip(*by_sample, strict=True)))
+        first, images = len(self.builder), len(found)
+        ids, turns, words, strict = map(list, zip(*records, strict=True))
+        self.tolerant += [first + number for number, was in enumerate(strict) if not was]
+        members = self._before + alike.start
+        self.builder.add_rows(
+            run.keys[columns[0]],
+            ids,
+            turns,
+            words,
+            list(range(members + step, members + count * step + 1, step)),
+            list(range(self._images + images, self._images + count * images + 1, images))
+            if images
+            else [self._images] * count,
+            source=self._source,
+        )
+        self._images += count * images
+        if frame is not None:
+            self.spans.extend(frame * count)
+            return
+        begins = np.array(run.begins[columns[0]], np.int64)
+        sizes = np.array(run.sizes[columns[-1]], np.int64)
+        ends = np.array(run.offsets[columns[-1]], np.int64) + sizes + -sizes % BLOCK
+        self.spans.frombytes(np.stack((begins, ends - begins), axis=1).tobytes())
 
     def end(self) -> None:
         """The row is complete, if there is one, and was the last."""
@@ -189,6 +245,38 @@ class _Rows:
         if self._ended:
             self.builder.add_rows(*map(list, zip(*self._ended, strict=True)), source=self._source)
             self._ended.clear()
+
+
+def _samples_alike(run: Run, key: str | None) -> range:
+    """Where samples begin in a run that have the same fields as the first that begins there, and are complete; empty for a few.
+
+    A sample is complete when another one follows. `key` is that of the sample under way.
+    """
+    keys, fields, total = run.keys, run.fields, len(run.keys)
+    begin = next((number for number, this in enumerate(keys) if this != key), total)
+    step = next((number for number in range(1, total - begin) if keys[begin + number] != keys[begin]), 0)
+    count = (total - begin - 1) // step if step else 0
+    end = begin + count * step
+    first = keys[begin:end:step] if step else []
+    alike = (
+        count >= _FEW
+        and len(set(fields[begin : begin + step])) == step
+        and keys[end] != first[-1]
+        and not any(map(eq, first, islice(first, 1, None)))
+        and all(
+            fields[begin + number : end : step].count(fields[begin + number]) == count
+            and keys[begin + number : end : step] == first
+            for number in range(step)
+        )
+    )
+    return range(begin, end, step) if alike else range(begin, begin)
+
+
+def _measured(data: memoryview) -> Measured:
+    try:
+        return measure_record(data)
+    except RecordError:  # any other JSON
+        return _NO_RECORD
 
 
 _is_image = lru_cache(maxsize=1024)(is_image_field)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from shardify.errors import FormatError
 from shardify.format import mapped as mapped_module
+from shardify.format import scan as scan_module
 from shardify.format import walk as walk_module
 from shardify.format.scan import scan_shard
 from shardify.format.tar import ShardWriter, read_members, split_name
@@ -322,6 +323,64 @@ def test_windows_of_any_size_and_glances_see_the_same(tmp_path, monkeypatch):
         monkeypatch.setattr(walk_module, "MAX_PARSED_BYTES", parsed)
         monkeypatch.setattr(walk_module, "GLANCE_BYTES", glance)
         assert scan(path) == scan(path, mapped=True) == (rows, info)
+
+
+PICTURES = [
+    picture(size=(10, 20)),
+    picture("PNG", size=(30, 40)),
+    b"no picture",
+]
+RECORDS = [
+    b'{"id": "a", "conversations": [{"from": "human", "value": "two words"}]}',
+    b'{"id": 7, "conversations": [{"from": "gpt", "value": "NaN"}], "x": NaN}',
+    b'{"other": 1}',
+    b"no record",
+]
+
+
+@settings(max_examples=150)
+@given(
+    stretches=st.lists(
+        st.tuples(
+            st.lists(
+                st.sampled_from(["jpg", "json", "1.png", "txt", "2.webp"]),
+                min_size=1,
+                max_size=4,
+                unique=True,
+            ),
+            st.integers(1, 30),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    seed=st.integers(0, 1000),
+    repeated=st.sampled_from([0, 0, 0, 5]),
+    window=st.sampled_from([512, 4096, 1 << 20]),
+)
+def test_samples_alike_are_read_together_as_one_by_one(
+    tmp_path, monkeypatch, stretches, seed, repeated, window
+):
+    """Stretches of samples with the same fields, after one another; a key may come again later, or be that of a neighbour."""
+    rng = random.Random(seed)
+    files, number = [], 0
+    for fields, count in stretches:
+        for _ in range(count):
+            number += 1
+            key = f"k{number % repeated if repeated else number}"
+            for field in fields:
+                data = rng.choice(RECORDS) if field == "json" else rng.choice(PICTURES)
+                files.append((f"{key}.{field}", data))
+    path = write_tar(tmp_path / "a.tar", files)
+    monkeypatch.setattr(walk_module, "CACHED_BYTES", window)
+    found = []
+    for few in (1, 1 << 30):
+        monkeypatch.setattr(scan_module, "_FEW", few)
+        try:
+            scanned = scan_shard(path, name="a.tar")
+            found.append((scanned.rows.encode(scanned.spans, scanned.info).tobytes(), scanned.spans.tolist()))
+        except FormatError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
 
 
 def test_a_second_tar_behind_the_mark_is_not_lost_silently(tmp_path):
