@@ -27,7 +27,7 @@ train: shards
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py --shards $(OUT) $(TRAIN_OPTIONS)
 
 # more processes than cores: many tests wait for processes of their own; each with one thread for sums, which would wait for one another busily
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 6 --dist worksteal --durations 15
 
 test: $(READY)
 	$(PYTEST)

@@ -24,6 +24,7 @@ from launch import (
     pack_records,
     record,
     run,
+    run_warm,
     shardify,
     trace_lines,
     trained,
@@ -71,7 +72,8 @@ def mixed(tmp_path_factory):
 
 
 def test_two_ranks_train_on_every_sample_once_and_learn(demo, tmp_path):
-    out = trained("--shards", demo, "--batch-size", 8, "--group-by", "none", "--trace", tmp_path, processes=2)
+    options = ["--batch-size", 8, "--group-by", "none", "--trace", tmp_path]
+    out = trained("--shards", demo, *options, processes=2, cold=True)
     lines = trace_lines(tmp_path)
     assert sorted(lines) == [0, 1]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == list(range(1, 17))
@@ -214,7 +216,7 @@ def test_pretraining_runs_on_where_a_rank_has_nothing_to_train_on(mixed):
     ],
 )
 def test_wrong_use_is_told_without_a_traceback(demo, arguments, status, message):
-    result = run(*[str(demo) if argument == "DEMO" else argument for argument in arguments])
+    result = run_warm(*[str(demo) if argument == "DEMO" else argument for argument in arguments])
     assert result.returncode == status
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -238,7 +240,7 @@ def run_per_rank(tmp_path, *arguments):
     """Two ranks, in whose arguments RANK stands for the rank: machines that do not share a disk."""
     script = tmp_path / "per_rank.py"
     script.write_text(PER_RANK)
-    return run(TRAIN, *arguments, processes=2, script=script)
+    return run_warm(TRAIN, *arguments, processes=2, script=script)
 
 
 def test_ranks_that_see_other_checkpoints_stop_at_once(mixed, tmp_path):
