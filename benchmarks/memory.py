@@ -1,6 +1,6 @@
 """Does memory grow, with the epochs or with the data set?
 
-    python -m benchmarks.memory [--epochs 20] [--samples 1024]
+    python -m benchmarks.memory [--epochs 20] [--samples 4096]
 
 Anonymous memory (RssAnon: what a process has of its own, files and slabs not counted) of the training process and of each of its two workers,
 every plan in a process of its own. First over epochs of a small data set of whole photographs; then after a hundred batches out of 10**5 and out of
@@ -160,6 +160,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=1024, help="of the small data set; default 1,024")
+    parser.add_argument("--samples", type=int, default=4096, help="of the small data set; default 4,096")
     options = parser.parse_args()
     compare(epochs=options.epochs, samples=options.samples)
