@@ -27,12 +27,12 @@ train: shards
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py --shards $(OUT) $(TRAIN_OPTIONS)
 
 # more processes than cores: many tests wait for processes of their own; each with one thread for sums, which would wait for one another busily
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 6 --dist worksteal --durations 15
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal --durations 15
 
 test: $(READY)
 	$(PYTEST)
 
-# the property tests that take long with all their examples, too
+# all examples of property tests, all moments of kills, every real picture
 test-all: $(READY)
 	SHARDIFY_THOROUGH=1 $(PYTEST)
 

@@ -33,16 +33,17 @@ _shortened: set[object] = set()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Property tests marked `long` try a quarter of their examples, unless all are asked for by $SHARDIFY_THOROUGH."""
+    """Property tests try half of their examples, and a quarter when marked `long`, unless all are asked for by $SHARDIFY_THOROUGH."""
     if os.environ.get("SHARDIFY_THOROUGH"):
         return
     for item in items:
-        if item.get_closest_marker("long") and isinstance(item, pytest.Function):
-            test = item.function
-            if test not in _shortened:
-                _shortened.add(test)
-                # hypothesis has no other way to change the settings of a test from outside
-                asked = test._hypothesis_internal_use_settings
-                test._hypothesis_internal_use_settings = settings(
-                    asked, max_examples=max(5, asked.max_examples // 4)
-                )
+        test = item.function if isinstance(item, pytest.Function) else None
+        # hypothesis has no other way to change the settings of a test from outside
+        asked = getattr(test, "_hypothesis_internal_use_settings", None)
+        if asked is None or test in _shortened:
+            continue
+        _shortened.add(test)
+        share = 4 if item.get_closest_marker("long") else 2
+        test._hypothesis_internal_use_settings = settings(
+            asked, max_examples=max(5, asked.max_examples // share)
+        )

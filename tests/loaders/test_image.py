@@ -366,11 +366,11 @@ def test_golden_outputs_of_clips_processor(real_data: Path):
 
 @pytest.mark.parametrize("part", range(8))
 def test_every_real_picture_is_within_two_of_pillow_and_fails_with_it(real_data: Path, part):
-    """Every file, whatever it is: in eight parts, so that they may run beside one another."""
+    """Every file, whatever it is (every second one unless $SHARDIFY_THOROUGH is set): in eight parts, so that they may run beside one another."""
     names = sorted(os.path.join(folder, name) for folder, _, names in os.walk(real_data) for name in names)
     transforms = {fit: ImageTransform(336, fit=fit) for fit in ("crop", "pad", "anyres")}
     checked = 0
-    for file in names[part::8]:
+    for file in names[part :: 8 if os.environ.get("SHARDIFY_THOROUGH") else 16]:
         data = Path(file).read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -394,4 +394,4 @@ def test_every_real_picture_is_within_two_of_pillow_and_fails_with_it(real_data:
             assert difference.max() <= 2, (file, fit)
             assert difference.mean() <= 0.05, (file, fit)
         checked += 1
-    assert checked > 80
+    assert checked > 40
