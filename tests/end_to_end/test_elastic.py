@@ -140,5 +140,6 @@ def test_a_killed_worker_ends_torchrun_with_its_signal_named(folder):
     finally:
         kill(process)
     log = (folder / "log").read_text()
-    assert "LoaderError" in log
+    # torch's own error where the trainer was not waiting for a batch just then (docs/loading.md)
+    assert "LoaderError" in log or "RuntimeError: DataLoader worker" in log
     assert "killed by signal: Killed" in log
