@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import BinaryIO, NamedTuple, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from shardify.audit import FAIL, KEEP, Policies, describe
 from shardify.errors import FormatError, ImageError, PackError, RecordError, SampleError
 from shardify.format import names
+from shardify.format.headers import BLOCK
 from shardify.format.index import MAX_IMAGES, MAX_SIZE
 from shardify.format.sidecar import ImageInfo, SetAside, ShardInfo, SidecarBuilder, read_shard_info
 from shardify.format.tar import ShardWriter, sample_span
@@ -64,6 +66,10 @@ _FOUND_BY = {BY_PREFIX: "image-by-prefix", BY_SUFFIX: "image-by-suffix", BY_STEM
 _SHOWN = 300  # characters of a name or detail that are kept of a record set aside
 _MAX_OPEN = 64  # record files at a time, of the thousands that there may be
 _REPORT_EVERY = 0.2  # seconds
+# bytes of data that make no sample too large, however many members hold them
+_FITS = MAX_SIZE - 2 * BLOCK * (MAX_IMAGES + 1)
+_TOGETHER = 128  # records that are looked at before the images of the first are read,
+_TOGETHER_BYTES = 4 * 1024 * 1024  # or as many as this holds
 
 _Item = TypeVar("_Item")
 
@@ -315,17 +321,23 @@ class _Candidate(NamedTuple):
 
 
 class _Picture(NamedTuple):
-    """An image that was read."""
+    """An image that was read; a memoryview is its place in the shard's writer."""
 
-    data: bytes
+    data: bytes | memoryview
     header: ImageHeader
     notes: tuple[str, ...]
 
 
 def _write_samples(context: PackContext, task: ShardTask, writer: ShardWriter, report: Report) -> Content:
     content = Content()
-    candidates = _candidates(context, task)
-    read = read_ahead(lambda candidate: _read_images(context, candidate), candidates, size=_image_bytes)
+    candidates = _some_at_once(_candidates(context, task))
+    read = read_ahead(
+        lambda candidate: _read_images(context, candidate),
+        candidates,
+        size=_image_bytes,
+        # made smaller, an image is not what was read
+        read_now=None if context.shrink else lambda candidate: _read_images(context, candidate, writer),
+    )
     for candidate, files in reported(read, writer, report):
         record, prepared = candidate.record, candidate.prepared
         try:
@@ -348,13 +360,14 @@ def _write_samples(context: PackContext, task: ShardTask, writer: ShardWriter, r
         members, infos = [], []
         for number, (data, header, _) in enumerate(images):
             name = names.image_field(number, header.format, is_list=sample.image_is_list)
-            members.append(writer.add(key, name, data))
+            members.append(writer.add(key, name, data, in_place=isinstance(data, memoryview)))
             infos.append(ImageInfo(name, header.format, header.width, header.height))
         members.append(writer.add(key, names.RECORD_FIELD, prepared.raw))
         writer.end_sample()
         if not sample.strict:
             content.tolerant.append(len(content.rows))
-        content.notes.update(dict.fromkeys(notes, 1))
+        if notes:
+            content.notes.update(dict.fromkeys(notes, 1))
         content.rows.add(
             key=key,
             id=sample.id,
@@ -386,6 +399,20 @@ def _candidates(context: PackContext, task: ShardTask) -> Iterator[_Candidate]:
         except (SampleError, _BadImage) as fault:
             error = fault
         yield _Candidate(record, prepared, images, notes, error)
+
+
+def _some_at_once(candidates: Iterator[_Candidate]) -> Iterator[_Candidate]:
+    """Drawn ahead, so that this code and what it touches stay in the processor's cache, from which each image that is read drives it."""
+    together: list[_Candidate] = []
+    held = 0
+    for candidate in candidates:
+        together.append(candidate)
+        held += candidate.record.length
+        if len(together) == _TOGETHER or held > _TOGETHER_BYTES:
+            yield from together
+            together.clear()
+            held = 0
+    yield from together
 
 
 def _listed(task: ShardTask) -> Iterator[str]:
@@ -458,7 +485,7 @@ def _locate(
     for reference, (row, listed) in zip(references, rows, strict=True):
         *location, store, rule, how = row
         try:
-            path = "/".join(reference.parts())
+            path = reference.name()
             if store == MISSING and how == AMBIGUOUS:
                 raise ImageError("image-ambiguous", "several files fit the path, and none fits best")
             if store == MISSING:
@@ -477,22 +504,34 @@ def name_in_store(path: str, rule: Rule, mount: str) -> str:
 
 
 def _image_bytes(candidate: _Candidate) -> int:
-    return sum(image.location.size for image in candidate.images)
+    return sum([image.location.size for image in candidate.images])
 
 
-def _read_images(context: PackContext, candidate: _Candidate) -> list[bytes | SampleError]:
-    """The images' bytes, up to the first that has none. Runs in any thread, and so does nothing but read: pixels of many take much memory."""
-    files: list[bytes | SampleError] = []
+def _read_images(
+    context: PackContext, candidate: _Candidate, writer: ShardWriter | None = None
+) -> list[bytes | memoryview | SampleError]:
+    """The images' bytes, up to the first that has none. Runs in any thread, and so does nothing but read: pixels of many take much memory.
+
+    Args:
+        context: where the stores are.
+        candidate: the record.
+        writer: the images are read to their places in it, as far as it has any; a memoryview among the results is such a place.
+    """
+    files: list[bytes | memoryview | SampleError] = []
     for image in candidate.images:
+        room = partial(writer.room, is_first=not files) if writer is not None else None
         try:
-            files.append(context.readers[image.store].read(image.name, image.location))
+            data = context.readers[image.store].read(image.name, image.location, room)
         except SampleError as error:
             return [*files, error]
+        files.append(data)
+        if isinstance(data, bytes):
+            writer = None  # what has no place moves those behind it
     return files
 
 
 def _pictures(
-    context: PackContext, prepared: Prepared, files: Sequence[bytes | SampleError]
+    context: PackContext, prepared: Prepared, files: Sequence[bytes | memoryview | SampleError]
 ) -> list[_Picture]:
     pictures = []
     for file, reference in zip(files, prepared.sample.images, strict=False):  # the last one may be a fault
@@ -505,7 +544,7 @@ def _pictures(
     return pictures
 
 
-def _picture(context: PackContext, data: bytes) -> _Picture:
+def _picture(context: PackContext, data: bytes | memoryview) -> _Picture:
     try:
         header = probe(data, check=context.check)
         notes = header.traits
@@ -534,14 +573,17 @@ def _image_notes(candidate: _Candidate, pictures: list[_Picture]) -> list[str]:
     for image, reference, picture in zip(candidate.images, references, pictures, strict=True):
         if image.how:
             notes.append(_FOUND_BY[image.how])
-        stem, dot, extension = reference.path.replace("\\", "/").rpartition("/")[2].rpartition(".")
-        if stem and dot and not same_format(extension, picture.header.format):
-            notes.append("image-extension-differs")
+        if not reference.path.endswith("." + picture.header.format):
+            stem, dot, extension = reference.path.replace("\\", "/").rpartition("/")[2].rpartition(".")
+            if stem and dot and not same_format(extension, picture.header.format):
+                notes.append("image-extension-differs")
         notes += picture.notes
     return notes
 
 
 def _check_span(sizes: list[int], raw: bytes) -> None:
+    if len(sizes) <= MAX_IMAGES and sum(sizes) + len(raw) < _FITS:
+        return
     span = sample_span([*sizes, len(raw)])
     if span > MAX_SIZE or len(sizes) > MAX_IMAGES:
         raise RecordError("sample-too-large", f"{span} bytes, {len(sizes)} images")

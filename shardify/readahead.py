@@ -33,12 +33,14 @@ def read_ahead(
     items: Iterable[_Item],
     *,
     size: Callable[[_Item], int],
+    read_now: Callable[[_Item], _Result] | None = None,
     threads: int = THREADS,
 ) -> Iterator[tuple[_Item, _Result]]:
     """Each item and what `read` made of it, in the items' order.
 
     Args:
         read: called once an item, from this thread or from others; what it raises is raised where its item would come.
+        read_now: called instead, by this thread, where its result is given out before the next item is read.
         items: drawn a bounded number ahead.
         size: bytes that reading an item will take, which bound what is held in memory.
         threads: how many reads wait together.
@@ -50,8 +52,9 @@ def read_ahead(
     slow = 0
     for count, item in enumerate(waiting, 1):
         begin = time.monotonic()
-        result = read(item)
-        slow += time.monotonic() - begin > _SLOW + size(item) / _RATE
+        result = (read_now or read)(item)
+        took = time.monotonic() - begin
+        slow += took > _SLOW and took > _SLOW + size(item) / _RATE
         yield item, result
         if count % tried == 0:
             # most of them, not all in all: a busy machine makes a few reads of any disk wait

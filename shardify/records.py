@@ -10,6 +10,7 @@ is a record of that image.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, TypeAlias
@@ -31,6 +32,9 @@ _MEDIA = {
     ),
     **dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a", "aac", "opus", "wma"), "record-audio"),
 }
+_PLAIN_PATH = re.compile(
+    r"(?:[^./\\:\0][^/\\:\0]*/)*[^./\\:\0][^/\\:\0]*"
+)  # nothing in it needs a second look
 _USUAL_ENDS = frozenset({"jpg", "peg", "png"})  # no time is spent on these
 _VIDEO_FIELDS = ("video", "videos", "video_path", "input_video")
 _AUDIO_FIELDS = ("audio", "audios", "audio_path", "input_audio")
@@ -47,6 +51,14 @@ class ImageRef(msgspec.Struct, frozen=True):
     """An image as the record names it: a path relative to some image root."""
 
     path: str
+
+    def name(self) -> str:
+        """The path's components, joined by '/'.
+
+        Raises:
+            RecordError: as `parts`.
+        """
+        return self.path if _PLAIN_PATH.fullmatch(self.path) else "/".join(self.parts())
 
     def parts(self) -> tuple[str, ...]:
         """The path's components, ``.`` and empty ones removed.

@@ -81,7 +81,7 @@ def scatter_images(
     _require_room(path, int(sizes.sum()))
     store = len(context.readers)
 
-    def read(wanted: _Wanted) -> bytes | None:
+    def read(wanted: _Wanted) -> bytes | memoryview | None:
         try:
             return context.readers[wanted.store].read(wanted.name, wanted.location)
         except ImageError:
@@ -180,10 +180,10 @@ def _paths(context: PackContext, record: Any, descriptors: dict[int, int]) -> li
             os.close(descriptors.pop(number))
         descriptors[file] = open_unchanged(source.path, source.stamp)
     sample = prepare(os.pread(descriptors[file], int(record["length"]), int(record["offset"]))).sample
-    return ["/".join(image.parts()) for image in sample.images]
+    return [image.name() for image in sample.images]
 
 
-def _write(file: int, data: bytes, offset: int) -> None:
+def _write(file: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data)
     while view:
         written = os.pwrite(file, view, offset)

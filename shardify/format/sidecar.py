@@ -6,8 +6,9 @@ while it was written, and the counts of notes. A finished sidecar is thus all th
 
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import msgspec
@@ -152,8 +153,11 @@ class _Numbers(dict[str, int]):
         return number
 
 
+_MOST_WAITING = 1024  # rows
+
+
 class SidecarBuilder:
-    """Gathers the rows of a sidecar column by column: about 250 bytes a sample, and no object for each member."""
+    """Gathers the rows of a sidecar column by column: about 250 bytes a sample, and no object for each member but of the last few."""
 
     def __init__(self) -> None:
         self._keys: list[str] = []
@@ -175,10 +179,14 @@ class SidecarBuilder:
         self._image_formats = array("I")
         self._image_widths = array("i")
         self._image_heights = array("i")
+        # rows, members and images that are no columns yet
+        self._rows: list[tuple[str, str | None, int, int, int, str, int, int]] = []
+        self._members: list[Member] = []
+        self._images: list[ImageInfo] = []
 
     def __len__(self) -> int:
         """How many samples there are."""
-        return len(self._keys)
+        return len(self._keys) + len(self._rows)
 
     def add(
         self,
@@ -186,25 +194,38 @@ class SidecarBuilder:
         key: str,
         id: str | None,  # noqa: A002 - as the column
         record: int,
-        members: Iterable[Member],
-        images: Iterable[ImageInfo],
+        members: Sequence[Member],
+        images: Sequence[ImageInfo],
         turns: int,
         words: int,
         source: str,
     ) -> None:
-        """Append a row; the arguments are the columns of `SCHEMA`."""
-        for member in members:
-            self.add_member(*member)
-        for image in images:
-            self.add_image(*image)
-        self.end_row(key, id, record, turns, words, source)
+        """Append a row; the arguments are the columns of `SCHEMA`. Rows are added so, or all by `add_rows`."""
+        self._members += members
+        self._images += images
+        self._rows.append((key, id, record, turns, words, source, len(members), len(images)))
+        if len(self._rows) == _MOST_WAITING:
+            self._to_columns()
 
-    def add_member(self, field: str, offset: int, size: int, xxh3_64: int) -> None:
-        """Add a member to the row that `end_row` ends; the arguments are those of `Member`."""
-        self._member_fields.append(self._field_numbers[field])
-        self._member_offsets.append(offset)
-        self._member_sizes.append(size)
-        self._member_hashes.append(xxh3_64)
+    def _to_columns(self) -> None:
+        """Make columns of the rows that wait."""
+        if self._members:
+            self.add_members(*map(list, zip(*self._members, strict=True)))
+        if self._images:
+            self.add_images(*map(list, zip(*self._images, strict=True)))
+        if self._rows:
+            keys, ids, records, turns, words, sources, members, images = zip(*self._rows, strict=True)
+            self._keys += keys
+            self._ids += ids
+            self._records.extend(records)
+            self._turns.extend(turns)
+            self._words.extend(words)
+            self._sources.extend(map(self._source_numbers.__getitem__, sources))
+            self._member_ends.extend(islice(accumulate(members, initial=self._member_ends[-1]), 1, None))
+            self._image_ends.extend(islice(accumulate(images, initial=self._image_ends[-1]), 1, None))
+        self._members.clear()
+        self._images.clear()
+        self._rows.clear()
 
     def add_members(self, fields: list[str], offsets: list[int], sizes: list[int], hashes: list[int]) -> None:
         """Add the members of many rows; all of these rows are added by `add_rows`."""
@@ -243,24 +264,6 @@ class SidecarBuilder:
         self._member_ends.fromlist(member_ends)
         self._image_ends.fromlist(image_ends)
 
-    def add_image(self, field: str, format: str, width: int, height: int) -> None:  # noqa: A002 - as the column
-        """Add an image to the row that `end_row` ends; the arguments are those of `ImageInfo`."""
-        self._image_fields.append(self._field_numbers[field])
-        self._image_formats.append(self._format_numbers[format])
-        self._image_widths.append(width)
-        self._image_heights.append(height)
-
-    def end_row(self, key: str, id: str | None, record: int, turns: int, words: int, source: str) -> None:  # noqa: A002, PLR0917
-        """Append the row of the members and images added since the one before."""
-        self._keys.append(key)
-        self._ids.append(id)
-        self._records.append(record)
-        self._turns.append(turns)
-        self._words.append(words)
-        self._sources.append(self._source_numbers[source])
-        self._member_ends.append(len(self._member_hashes))
-        self._image_ends.append(len(self._image_fields))
-
     def encode(self, spans: npt.NDArray[np.int64], info: ShardInfo) -> memoryview:
         """The sidecar's bytes. Equal rows, spans and info give equal bytes (for one version of pyarrow).
 
@@ -268,6 +271,7 @@ class SidecarBuilder:
             spans: [samples, 2], offset and size of each sample.
             info: what else is known of the shard.
         """
+        self._to_columns()
         spans = np.asarray(spans, np.int64).reshape(len(self), 2)
         columns = {
             "key": _texts(self._keys),

@@ -7,7 +7,8 @@ One member is a 512-byte header, the data, and zeros to the next multiple of 512
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from struct import Struct
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -32,14 +33,14 @@ MAX_MEMBER_BYTES = 8 * 1024**3 - 1
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 
 _MAX_NAME = 100
-_PASSED_ON = 64 * 1024  # bytes
-_SMALL = 4096  # bytes: copying them together costs less than passing on each
+_SMALL = 4096  # bytes: copying them together costs less than writing each
 _PADDING = bytes(BLOCK)
 _MODE_TO_GID = b"0000644\0" + b"0000000\0" + b"0000000\0"
 _MTIME = b"00000000000\0"
 _AFTER_CHECKSUM = (
     b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(64) + b"0000000\0" + b"0000000\0" + bytes(155) + bytes(12)
 )
+_HEADER = Struct(f"{_MAX_NAME}s24s12s12s8s356s")
 # the checksum counts its own field as eight blanks
 _CONSTANT_SUM = sum(_MODE_TO_GID) + sum(_MTIME) + sum(b" " * 8) + sum(_AFTER_CHECKSUM)
 
@@ -60,8 +61,31 @@ class Member(NamedTuple):
     xxh3_64: int
 
 
-class _Sink(Protocol):
-    def write(self, data: bytes, /) -> int | None: ...
+class Sink(Protocol):
+    """An unbuffered binary file: `write` says how much it took."""
+
+    def write(self, data: bytes | memoryview, /) -> int | None: ...  # noqa: D102
+
+
+@runtime_checkable
+class Gathering(Protocol):
+    """A sink that takes all it is given, makes large writes of small ones itself, and hashes what is written."""
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        """Append all of it."""
+        ...
+
+    def room(self, size: int, *, before: int, is_free: bool) -> memoryview | None:
+        """The place of bytes that will be written behind `before` others; see `DirectFile.room`."""
+        ...
+
+    def advance(self, size: int, *, zeros: int) -> None:
+        """The next `size` bytes are in their place already, and so many zeros follow them."""
+        ...
+
+    def hexdigest(self) -> str:
+        """xxh3_128 of everything so far, hexadecimal."""
+        ...
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -81,9 +105,7 @@ def member_header(name: str, size: int) -> bytes:
         )
     size_field = b"%011o\0" % size
     checksum = b"%06o\0 " % (_CONSTANT_SUM + sum(encoded) + sum(size_field))
-    return b"".join(
-        (encoded.ljust(_MAX_NAME, b"\0"), _MODE_TO_GID, size_field, _MTIME, checksum, _AFTER_CHECKSUM)
-    )
+    return _HEADER.pack(encoded, _MODE_TO_GID, size_field, _MTIME, checksum, _AFTER_CHECKSUM)
 
 
 def padding(size: int) -> int:
@@ -99,11 +121,10 @@ def sample_span(member_sizes: Sequence[int]) -> int:
 class ShardWriter:
     """Writes samples to an unbuffered binary file, hashing on the way.
 
-    The file sees few, large writes: what is ready is gathered until it is `gather` bytes.
+    The file sees few, large writes: what is ready is gathered until it is `gather` bytes, unless the file does that itself.
 
     Args:
-        sink: its `write` may take less than it is given, as that of an unbuffered file. One with a true attribute `buffers` takes all, and
-            makes large writes of small ones itself.
+        sink: its `write` may take less than it is given, as that of an unbuffered file; or one that is `Gathering`.
         compress: ``""`` for a plain tar, ``"zstd"`` for one in frames (see `shardify.format.zstd`).
         gather: bytes.
 
@@ -112,13 +133,12 @@ class ShardWriter:
         bytes: bytes of the file so far, as far as they are written; its size after `close`.
     """
 
-    def __init__(self, sink: _Sink, *, compress: str = "", gather: int = 4 * 1024 * 1024) -> None:
+    def __init__(self, sink: Sink | Gathering, *, compress: str = "", gather: int = 4 * 1024 * 1024) -> None:
         if compress not in ("", ZSTD):
             raise ValueError(f"compress={compress!r}: shards are plain or {ZSTD!r}")
         self._sink = sink
-        self._buffered = getattr(sink, "buffers", False)
-        # what a sink gathers itself is passed on while it is in the processor's cache
-        self._gather = _PASSED_ON if self._buffered else gather
+        self._gathering = sink if isinstance(sink, Gathering) else None
+        self._gather = gather
         self._ready: list[bytes | memoryview] = []
         self._ready_bytes = 0
         self._hash = xxhash.xxh3_128()
@@ -126,12 +146,39 @@ class ShardWriter:
         self._frame: list[bytes | memoryview] = []
         self._frame_begin = 0
         self._sample_begin = 0
+        self._ahead = 0  # bytes of the next sample for which there is room
         self._marks = array("q")  # of each sample: begin and size, or the number of its frame
         self.offset = 0
         self.bytes = 0
 
-    def add(self, key: str, field: str, data: bytes | memoryview) -> Member:
-        """Append the member ``key.field``; its offset counts from the begin of its frame when the shard is compressed."""
+    def room(self, size: int, *, is_first: bool) -> memoryview | None:
+        """The place in memory of the data of a member that may be added soon, to be filled before.
+
+        The members of a sample that have places are its first ones, and are added in the order in which they got them.
+
+        Args:
+            size: of the data.
+            is_first: it is the sample's first member: places that were given before and not used are void.
+
+        Returns:
+            None where that cannot be had: the data is then given to `add`.
+        """
+        if self._gathering is None or self._frames is not None:
+            return None
+        before = BLOCK if is_first else self._ahead + BLOCK
+        place = self._gathering.room(size, before=before, is_free=is_first)
+        self._ahead = before + size + padding(size)
+        return place
+
+    def add(self, key: str, field: str, data: bytes | memoryview, *, in_place: bool = False) -> Member:
+        """Append the member ``key.field``; its offset counts from the begin of its frame when the shard is compressed.
+
+        Args:
+            key: of the sample.
+            field: the rest of the name.
+            data: of the member.
+            in_place: `data` is what `room` gave for it, or the beginning of that.
+        """
         size = len(data)
         header = member_header(f"{key}.{field}", size)
         begin = self.offset
@@ -140,13 +187,23 @@ class ShardWriter:
             if waiting and waiting + size > FRAME_BYTES:  # a large sample has a frame of its own
                 self._end_frame()
         member = Member(field, begin + BLOCK - self._frame_begin, size, xxhash.xxh3_64_intdigest(data))
-        self._append(header)
-        self._append(data)
         pad = padding(size)
-        if pad:
-            self._append(_PADDING[:pad])
-        if self._ready_bytes >= self._gather:
-            self._flush()
+        if in_place:
+            assert self._gathering is not None
+            self._write(header)
+            self._gathering.advance(size, zeros=pad)
+            self.bytes += size + pad
+            self.offset += BLOCK + size + pad
+            return member
+        parts: tuple[bytes | memoryview, ...] = (header, data, _PADDING[:pad])
+        if size < _SMALL:
+            parts = (b"".join(parts),)
+        self.offset += BLOCK + size + pad
+        if self._frames is not None:
+            self._frame += parts
+        else:
+            for part in parts:
+                self._write(part)
         return member
 
     def end_sample(self) -> None:
@@ -161,13 +218,16 @@ class ShardWriter:
 
     def close(self) -> str:
         """End the archive; returns the xxh3_128 of the whole file in hexadecimal."""
+        self.offset += len(END_OF_ARCHIVE)
         if self._frames is None:
-            self._append(END_OF_ARCHIVE)
+            self._write(END_OF_ARCHIVE)
         else:
             self._end_frame()
-            self._append(END_OF_ARCHIVE)
+            self._frame.append(END_OF_ARCHIVE)
             self._end_frame()
-            self._ready.append(self._frames.seek_table())
+            self._write(self._frames.seek_table())
+        if self._gathering is not None:
+            return self._gathering.hexdigest()
         self._flush()
         return self._hash.hexdigest()
 
@@ -180,14 +240,6 @@ class ShardWriter:
         marks = np.array(self._marks, np.int64)
         return marks.reshape(-1, 2) if self._frames is None else self._frames.spans()[marks]
 
-    def _append(self, data: bytes | memoryview) -> None:
-        self.offset += len(data)
-        if self._frames is not None:
-            self._frame.append(data)
-            return
-        self._ready.append(data)
-        self._ready_bytes += len(data)
-
     def _end_frame(self) -> None:
         assert self._frames is not None
         if not self._frame:
@@ -195,25 +247,18 @@ class ShardWriter:
         frame = self._frames.compress(self._frame)
         self._frame.clear()
         self._frame_begin = self.offset
-        self._ready.append(frame)
-        self._ready_bytes += len(frame)
+        self._write(frame)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        if self._gathering is not None:
+            self.bytes += self._gathering.write(data)
+            return
+        self._ready.append(data)
+        self._ready_bytes += len(data)
         if self._ready_bytes >= self._gather:
             self._flush()
 
     def _flush(self) -> None:
-        if self._buffered:
-            small: list[bytes | memoryview] = []
-            for part in self._ready:
-                if len(part) < _SMALL:
-                    small.append(part)
-                    continue
-                self._pass_on(b"".join(small))
-                self._pass_on(part)
-                small.clear()
-            self._pass_on(b"".join(small))
-            self._ready.clear()
-            self._ready_bytes = 0
-            return
         data = b"".join(self._ready)
         self._ready.clear()
         self._ready_bytes = 0
@@ -221,13 +266,7 @@ class ShardWriter:
         self.bytes += len(data)
         view = memoryview(data)
         while view:
-            written = self._sink.write(view)  # type: ignore[arg-type]
-            view = view[written:]
-
-    def _pass_on(self, part: bytes | memoryview) -> None:
-        self._hash.update(part)
-        self._sink.write(part)  # type: ignore[arg-type]
-        self.bytes += len(part)
+            view = view[self._sink.write(view) or 0 :]
 
 
 def split_name(name: str) -> tuple[str, str] | None:

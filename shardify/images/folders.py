@@ -22,6 +22,7 @@ from shardify.images.stores import (
     READ_FLAGS,
     UNSEEN,
     Location,
+    Room,
     base_name,
     check_size,
     missing_rows,
@@ -51,14 +52,19 @@ class FolderReader:
         """The path of a file."""
         return f"{self.root}/{name}"
 
-    def read(self, name: str, location: Location) -> bytes:
+    def read(self, name: str, location: Location, room: Room | None = None) -> bytes | memoryview:
         """See `ImageReader`."""
         del location  # the file's own size holds
+        place: memoryview | None = None
         try:
             file = os.open(self.file(name), READ_FLAGS)
             try:
                 size = os.fstat(file).st_size
                 check_size(size)
+                if room is not None and (place := room(size)) is not None and os.readv(file, [place]) == size:
+                    return place
+                if place is not None:  # it has changed, or its file system gives less at once
+                    os.lseek(file, 0, os.SEEK_SET)
                 data = os.read(file, size)
                 # network file systems may give less at once
                 while len(data) < size and (more := os.read(file, size - len(data))):

@@ -21,6 +21,7 @@ from shardify.images.stores import (
     ImageStore,
     Location,
     OpenFile,
+    Room,
     changed,
     check_size,
     missing_rows,
@@ -40,8 +41,9 @@ class RemoteReader:
 
     root: str
 
-    def read(self, name: str, location: Location) -> bytes:
+    def read(self, name: str, location: Location, room: Room | None = None) -> bytes | memoryview:
         """See `ImageReader`."""
+        del room
         check_size(location.size)
         url = join_url(self.root, name)
         data = objects.get(url, most=MAX_IMAGE_BYTES)
@@ -168,8 +170,9 @@ class RemoteZipReader(ZipReader):
         super().__init__(file.path)
         self.file: ObjectFile = file
 
-    def read(self, name: str, location: Location) -> bytes:
+    def read(self, name: str, location: Location, room: Room | None = None) -> bytes | memoryview:
         """See `ImageReader`."""
+        del room
         member = ZipReader(self.file.path)
         member.file = _Window(self.file, location.offset, _HEADER_ROOM + location.stored)
         try:

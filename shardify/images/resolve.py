@@ -65,6 +65,8 @@ class Rule:
         """The path as this rule rewrites it; None when the rule has nothing to say of it."""
         if not path.startswith(self.old):
             return None
+        if self.old == self.new:
+            return path
         return clean_name(self.new + path[len(self.old) :])
 
 
@@ -384,7 +386,7 @@ def _normal(path: str) -> str:
         or path[:1] in "./"
         or path[-1] == "/"
     ):
-        return "/".join(ImageRef(path).parts())
+        return ImageRef(path).name()
     return path
 
 

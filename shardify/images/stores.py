@@ -7,9 +7,9 @@ images by position without ever reading an archive's directory again.
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self, TypeAlias
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,8 @@ LARGEST = 2**48
 """Kept of a claimed size: beyond every limit, and sums of it stay within 64 bits."""
 READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
 
+_Read = TypeVar("_Read")
+
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -71,15 +73,20 @@ class Location(NamedTuple):
     method: int
 
 
+Room: TypeAlias = Callable[[int], memoryview | None]
+"""Gives a place in memory for so many bytes, or None where there is none."""
+
+
 class ImageReader(Protocol):
     """Reads located images; small and picklable, so that any process can do it, and any thread of it."""
 
-    def read(self, name: str, location: Location) -> bytes:
+    def read(self, name: str, location: Location, room: Room | None = None) -> bytes | memoryview:
         """The image's bytes.
 
         Args:
             name: the path inside the store, its components joined by '/'; archives go by the location alone.
             location: what `ImageStore.find` or `ImageStore.listed` answered.
+            room: asked at most once for a place to read it into. A memoryview that is returned is that place.
 
         Raises:
             ImageError: a fault of the image itself, the same whenever it is read: ``image-unreadable``, ``image-damaged`` or
@@ -245,14 +252,25 @@ class OpenFile:
         Raises:
             PackError: the file cannot be read now, or has changed.
         """
+        return self._with_number(lambda number: _read(number, size, offset))
+
+    def read_into(self, places: Sequence[memoryview | bytearray], offset: int) -> int:
+        """Fill places, one after another, from `offset`; how many bytes there were.
+
+        Raises:
+            PackError: as `read`.
+        """
+        return self._with_number(lambda number: _read_into(number, places, offset))
+
+    def _with_number(self, read: Callable[[int], _Read]) -> _Read:
         process = os.getpid()
         try:
             number = self._numbers.get(process)
             if number is not None:
-                return _read(number, size, offset)
+                return read(number)
             opened = self._open()
             try:
-                data = _read(opened, size, offset)
+                data = read(opened)
                 # of more, each read opens its own: a process may have few
                 if _kept[process] < _MOST_KEPT and self._numbers.setdefault(process, opened) == opened:
                     _kept[process] += 1
@@ -277,6 +295,21 @@ def _read(number: int, size: int, offset: int) -> bytes:
     while len(data) < size and (more := os.pread(number, size - len(data), offset + len(data))):
         data += more
     return data
+
+
+def _read_into(number: int, places: Sequence[memoryview | bytearray], offset: int) -> int:
+    total = sum(map(len, places))
+    done = os.preadv(number, places, offset)
+    while done < total:  # as above
+        rest, skipped = [], done
+        for place in places:
+            rest.append(memoryview(place)[min(skipped, len(place)) :])
+            skipped -= min(skipped, len(place))
+        more = os.preadv(number, rest, offset + done)
+        if not more:
+            break
+        done += more
+    return done
 
 
 def file_stamp(path: str) -> Stamp:

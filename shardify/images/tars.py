@@ -33,6 +33,7 @@ from shardify.images.stores import (
     STORED,
     Location,
     OpenFile,
+    Room,
     Stamp,
     check_size,
     clean_name,
@@ -60,14 +61,19 @@ class TarReader:
     def __init__(self, path: str, stamp: Stamp | None = None) -> None:
         self.file = OpenFile(path, stamp)
 
-    def read(self, name: str, location: Location) -> bytes:
+    def read(self, name: str, location: Location, room: Room | None = None) -> bytes | memoryview:
         """See `ImageReader`."""
         del name
         if location.method != STORED:
             raise ImageError("image-unreadable", "a sparse file in its archive")
         check_size(location.size)
-        data = self.file.read(location.size, location.offset)
-        if len(data) < location.size:
+        data: bytes | memoryview | None = room(location.size) if room is not None else None
+        if isinstance(data, memoryview):
+            found = self.file.read_into([data], location.offset)
+        else:
+            data = self.file.read(location.size, location.offset)
+            found = len(data)
+        if found < location.size:
             # every member lay inside of it when it was opened
             raise PackError(
                 f"{self.file.path}: has become shorter while it was packed; the same command again continues with what it was"

@@ -3,6 +3,9 @@
 Nobody reads a fresh shard again at once, and copying it into the page cache is the largest single cost of writing it: about a quarter of all
 cycles of packing, and the wait for the flush comes on top. Here a thread hands aligned buffers straight to the disk (O_DIRECT, open(2)), so that
 little is left to flush at the end. File systems that cannot (tmpfs, some network and FUSE file systems) get ordinary writes.
+
+What is to be written can be put into the buffer by others (`DirectFile.room`): an image is read from its file to the place from which it goes to
+the disk. It is hashed there in pieces that are still in the processor's cache.
 """
 
 import errno
@@ -14,9 +17,14 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TypeAlias
 
+import xxhash
+
 _BUFFER_BYTES = 4 * 1024 * 1024
 _BUFFERS = 3
+_HASHED_BYTES = 256 * 1024  # at a time
 _ALIGNED = 4096  # bytes: the logical block of every common disk divides it
+
+_ZEROS = bytes(4096)
 
 _Part: TypeAlias = tuple[memoryview, int]
 
@@ -42,38 +50,84 @@ class DirectFile:
                 os.unlink(path)
             self._file = os.open(path, flags, 0o644)
         self._path = path
+        self._capacity = _BUFFER_BYTES
         self._buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))  # page-aligned
         self._filled = 0
-        self._size = 0
+        self._hashed = 0  # of what is filled
+        self._size = 0  # handed over
         self._made = 1
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         self._full: SimpleQueue[_Part | None] = SimpleQueue()
         self._thread: Thread | None = None
         self._error: OSError | None = None
+        self._digest = xxhash.xxh3_128()
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: bytes | memoryview, /) -> int:
         """Append all of it.
 
         Raises:
             OSError: this or an earlier part could not be written.
         """
         size = len(data)
-        if size < _BUFFER_BYTES - self._filled:
-            self._buffer[self._filled : self._filled + size] = data
-            self._filled += size
-            self._size += size
+        filled = self._filled + size
+        if filled < self._capacity:
+            self._buffer[self._filled : filled] = data
+            self._filled = filled
+            if filled - self._hashed >= _HASHED_BYTES:
+                self._hash()
             return size
         view = memoryview(data).cast("B")
         size = len(view)
         while view:
-            part = view[: _BUFFER_BYTES - self._filled]
+            part = view[: self._capacity - self._filled]
             self._buffer[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
             view = view[len(part) :]
-            if self._filled == _BUFFER_BYTES:
+            if self._filled == self._capacity:
                 self._hand_over()
-        self._size += size
+                self._raise()
         return size
+
+    def room(self, size: int, *, before: int, is_free: bool) -> memoryview | None:
+        """The place in memory of bytes that will be written soon; `write` what comes before them, then `advance`.
+
+        Args:
+            size: of the place.
+            before: bytes that will be written before them.
+            is_free: no place that was given out is still to be used: all become void.
+
+        Returns:
+            The place; None when so much is not to be had in one piece.
+        """
+        end = self._filled + before + size
+        if end > self._capacity:
+            if (
+                not is_free
+                or self._filled < _ALIGNED
+                or self._filled % _ALIGNED + before + size > self._capacity
+            ):
+                return None
+            self._hand_over()
+            end = self._filled + before + size
+        return self._buffer[end - size : end]
+
+    def advance(self, size: int, *, zeros: int) -> None:
+        """The next `size` bytes are in their place already, and so many zeros follow them.
+
+        Raises:
+            OSError: an earlier part could not be written.
+        """
+        end = self._filled + size
+        self._filled = end + zeros
+        self._buffer[end : self._filled] = _ZEROS[:zeros]
+        if self._filled - self._hashed >= _HASHED_BYTES:
+            self._hash()
+            self._raise()
+
+    def hexdigest(self) -> str:
+        """xxh3_128 of everything so far, hexadecimal."""
+        self._hash()
+        return self._digest.hexdigest()
 
     def sync(self) -> None:
         """Write what is left and flush everything to disk.
@@ -81,16 +135,16 @@ class DirectFile:
         Raises:
             OSError: some part could not be written.
         """
+        size = self._size + self._filled
         if self._filled:
             # whole blocks, cut to size afterwards
             self._full.put((self._buffer, -(-self._filled // _ALIGNED) * _ALIGNED))
-            self._filled = 0
         if self._thread is None:
             self._full.put(None)
             self._write_out()
         self._end_thread()
         self._raise()
-        os.ftruncate(self._file, self._size)
+        os.ftruncate(self._file, size)
         os.fsync(self._file)
 
     def close(self) -> None:
@@ -100,19 +154,27 @@ class DirectFile:
             os.close(self._file)
             self._file = -1
 
+    def _hash(self) -> None:
+        self._digest.update(self._buffer[self._hashed : self._filled])
+        self._hashed = self._filled
+
     def _hand_over(self) -> None:
-        """The full buffer to the thread, and another one to fill."""
+        """What is filled of the buffer to the thread, as far as it is whole blocks, and another one to fill."""
         if self._thread is None:
             self._thread = Thread(target=self._write_out, name="write", daemon=True)
             self._thread.start()
-        self._full.put((self._buffer, _BUFFER_BYTES))
-        self._filled = 0
+        self._hash()
+        full, filled = self._buffer, self._filled
+        whole = filled - filled % _ALIGNED
+        self._full.put((full, whole))
         if self._made < _BUFFERS:
-            self._buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))
+            self._buffer = memoryview(mmap.mmap(-1, self._capacity))
             self._made += 1
         else:
             self._buffer = self._free.get()
-        self._raise()
+        self._filled = self._hashed = filled - whole
+        self._buffer[: self._filled] = full[whole:filled]
+        self._size += whole
 
     def _write_out(self) -> None:
         """Write parts until there are no more; after an error they are only taken."""

@@ -33,41 +33,32 @@ def sync_folder(path: str) -> None:
         os.close(folder)
 
 
-class LocalDraft:
+class LocalDraft(DirectFile):
     """See `Draft`."""
-
-    buffers = True
-    """It takes everything that is written, and makes large writes of it."""
 
     def __init__(self, folder: str, name: str) -> None:
         self._target = os.path.join(folder, name)
         # two attempts at one shard may run at once, when the first is only thought dead
         unfinished = f"{os.path.basename(name)}.{uuid.uuid4().hex}{_DRAFT}"
-        self._path = os.path.join(folder, WORK_FOLDER, unfinished)
-        self._file: DirectFile | None = DirectFile(self._path)
+        self._unfinished = os.path.join(folder, WORK_FOLDER, unfinished)
+        super().__init__(self._unfinished)
+        self._committed = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self.close()
+        if not self._committed:
             with suppress(FileNotFoundError):
-                os.unlink(self._path)
-
-    def write(self, data: bytes | memoryview, /) -> int:
-        """See `Draft`."""
-        assert self._file is not None
-        return self._file.write(data)
+                os.unlink(self._unfinished)
 
     def commit(self) -> None:
         """See `Draft`."""
-        assert self._file is not None
-        self._file.sync()
-        os.rename(self._path, self._target)
-        self._file.close()
-        self._file = None
+        self.sync()
+        os.rename(self._unfinished, self._target)
+        self._committed = True
+        self.close()
         sync_folder(os.path.dirname(self._target))
 
 

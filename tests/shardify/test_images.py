@@ -23,6 +23,7 @@ from shardify.errors import ImageError, PackError, SourceError, UsageError
 from shardify.images import stores, zips
 from shardify.images.folders import FolderStore
 from shardify.images.resolve import Resolver
+from shardify.images.spool import SPOOLED, SpoolReader
 from shardify.images.stores import Location, open_store
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
@@ -640,3 +641,106 @@ def test_opening_leaves_no_file_open(tmp_path):
     kept = [open_store(tmp_path / name) for name in ("x.zip", "x.tar")]
     assert os.listdir("/proc/self/fd") == before
     assert kept
+
+
+@pytest.mark.parametrize("kind", ["folder", "stored", "deflated", "tar", "spool"])
+def test_an_image_is_read_to_the_place_that_is_given(tmp_path, kind):
+    members = {
+        "a.jpg": JPEG,
+        "long/name/of/b.png": encoded("PNG"),
+        "c.jpg": JPEG[:70],
+        "e": b"",
+        "d.jpg": JPEG[5:],
+    }
+    names = [*members, *members]
+    if kind == "folder":
+        for name, data in members.items():
+            (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "x" / name).write_bytes(data)
+    elif kind == "tar":
+        with tarfile.open(tmp_path / "x", "w") as archive:
+            for name, data in members.items():
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                archive.addfile(header, io.BytesIO(data))
+    elif kind != "spool":
+        make_zip(tmp_path / "x", members, zipfile.ZIP_STORED if kind == "stored" else zipfile.ZIP_DEFLATED)
+    if kind == "spool":
+        (tmp_path / "x").write_bytes(b"".join(members.values()))
+        begins = np.cumsum([0, *map(len, members.values())]).tolist()
+        located = [
+            Location(begin, len(data), len(data), 0, SPOOLED)
+            for begin, data in zip(begins[:-1], members.values(), strict=True)
+        ] * 2
+        reader = SpoolReader(str(tmp_path / "x"))
+    else:
+        store = open_store(tmp_path / "x")
+        located, reader = locate(store, names), store.reader
+    memory = memoryview(bytearray(len(JPEG) * 8))
+    placed = 0
+    for name, location in zip(names, located, strict=True):
+        asked = []
+
+        def room(size, asked=asked):
+            asked.append(size)
+            return memory[100 : 100 + size]
+
+        data = reader.read(name, location, room)
+        assert data == members[name]
+        assert len(asked) <= 1
+        if isinstance(data, memoryview):
+            assert asked == [len(data)]
+            assert memory[100 : 100 + len(data)] == data
+            placed += 1
+        assert reader.read(name, location, lambda _: None) == members[name]
+    if kind == "deflated":
+        assert not placed
+    elif kind == "stored":  # how long local headers are beside their names is known from the first one
+        assert placed == len(names) - 1
+    else:
+        assert placed == len(names)
+
+
+def test_faults_are_the_same_wherever_an_image_is_read_to(tmp_path):
+    path = tmp_path / "x.zip"
+    names = ["a.jpg", "b.jpg", "c.jpg"]
+    store = make_zip(path, dict.fromkeys(names, JPEG))
+    located = locate(store, names)
+    content = bytearray(path.read_bytes())
+    content[located[1].offset + 100] ^= 0xFF
+    content[located[2].offset] ^= 0xFF
+    path.write_bytes(content)
+    reader = zips.ZipReader(str(path))
+
+    def outcome(number, room):
+        try:
+            return bytes(reader.read(names[number], located[number], room))
+        except ImageError as error:
+            return error.code, error.detail
+
+    memory = memoryview(bytearray(2 * len(JPEG)))
+    for number in (0, 1, 0, 2, 0):
+        assert outcome(number, lambda size: memory[:size]) == outcome(number, None)
+    path.write_bytes(content[: located[2].offset + 100])
+    assert outcome(2, lambda size: memory[:size]) == outcome(2, None)
+    with open(tmp_path / "short", "wb") as file:
+        file.write(JPEG)
+    with pytest.raises(PackError, match="shorter"):
+        SpoolReader(str(tmp_path / "short")).read(
+            "", Location(9, len(JPEG), len(JPEG), 0, SPOOLED), lambda size: memory[:size]
+        )
+
+
+def test_a_file_that_grows_or_shrinks_while_it_is_read_is_what_it_then_is(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    reader, real = FolderStore(str(tmp_path)).reader, os.readv
+    memory = memoryview(bytearray(2 * len(JPEG)))
+
+    def readv(file, places):
+        os.truncate(tmp_path / "a.jpg", 60)
+        return real(file, places)
+
+    monkeypatch.setattr(os, "readv", readv)
+    assert (
+        reader.read("a.jpg", Location(0, 0, 0, 0, stores.PLAIN_FILE), lambda size: memory[:size]) == JPEG[:60]
+    )

@@ -1,6 +1,7 @@
 """A name that exists is complete, whatever happens while it is written."""
 
 import fcntl
+import io
 import os
 import resource
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardify.format.tar import ShardWriter
 from shardify.outputs import direct, open_output
 from shardify.outputs.direct import DirectFile
 from shardify.outputs.local import LocalOutput
@@ -28,6 +30,55 @@ def test_any_parts_come_out_as_they_went_in(tmp_path_factory, sizes, pages):
         file.close()
     assert path.read_bytes() == b"".join(parts)
     assert threading.active_count() == before
+
+
+samples = st.lists(  # of each: the sizes of its images, which of them are read to their places, whether it is packed, bytes of its record
+    st.tuples(
+        st.lists(st.tuples(st.integers(0, 12_000), st.booleans()), max_size=4),
+        st.booleans(),
+        st.integers(0, 9000),
+    ),
+    max_size=8,
+)
+
+
+@given(samples, st.integers(1, 5))
+def test_images_read_to_their_places_give_the_same_shard(tmp_path_factory, asked, pages):
+    path = tmp_path_factory.mktemp("direct") / "file"
+    plain = io.BytesIO()
+    expected = ShardWriter(plain, gather=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "_BUFFER_BYTES", pages * 4096)
+        patch.setattr(direct, "_HASHED_BYTES", 3000)
+        file = DirectFile(str(path))
+        writer = ShardWriter(file)
+        for number, (images, kept, record) in enumerate(asked):
+            read, placing = [], True
+            for size, placed in images:
+                data = os.urandom(size)
+                place = writer.room(size, is_first=not read) if placing and placed else None
+                if place is None:
+                    placing = False
+                    read.append(data)
+                else:
+                    place[:] = data
+                    read.append(place)
+            if not kept:
+                continue
+            key, last = f"{number:09d}", os.urandom(record)
+            for of, data in enumerate(read):
+                copy = bytes(data)
+                member = writer.add(key, f"{of}.jpg", data, in_place=isinstance(data, memoryview))
+                assert member == expected.add(key, f"{of}.jpg", copy)
+            assert writer.add(key, "json", last) == expected.add(key, "json", last)
+            writer.end_sample()
+            expected.end_sample()
+        assert writer.close() == expected.close()
+        file.sync()
+        file.close()
+    assert path.read_bytes() == plain.getvalue()
+    assert writer.bytes == writer.offset == len(plain.getvalue())
+    assert writer.spans.tolist() == expected.spans.tolist()
 
 
 @pytest.fixture

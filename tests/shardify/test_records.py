@@ -220,3 +220,16 @@ def test_what_an_index_tells_is_what_the_record_says(id_, image, turns, more, as
 def test_an_index_reads_any_bytes(data):
     check_measured(data)
     check_measured(b'{"\\u0063onversations": [{"from": "a", "value": "b c"}], "x": "' + data + b'"}')
+
+
+@given(st.text("ab./\\:\0\n é", max_size=8) | st.text(max_size=12))
+def test_the_name_of_an_image_is_its_parts_joined(path):
+    image = ImageRef(path)
+    try:
+        parts = image.parts()
+    except RecordError as error:
+        with pytest.raises(RecordError) as same:
+            image.name()
+        assert (same.value.code, same.value.detail) == (error.code, error.detail)
+    else:
+        assert image.name() == "/".join(parts)
