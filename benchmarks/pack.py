@@ -391,9 +391,12 @@ def measure_index(folder: Path, *, rounds: int, total: int) -> dict[str, Any]:
         def index(tars: list[str] = tars, count: int = count) -> float:
             for path in tars:
                 Path(path).with_suffix(".parquet").unlink(missing_ok=True)
+                Path(path).read_bytes()
             return count / script(INDEX, *tars)
 
         def iterate(tars: list[str] = tars, count: int = count) -> float:
+            for path in tars:
+                Path(path).read_bytes()
             return count / script(ITERATE, *tars)
 
         contenders = {"webdataset": iterate, "shardify index": index}
@@ -426,7 +429,22 @@ def _write_tars(folder: Path, pictures: list[bytes], total: int) -> tuple[list[s
             writer.write({"__key__": f"{count:09d}", "jpg": data, "json": record})
             written += len(data)
             count += 1
-    return sorted(map(str, folder.glob("*.tar"))), count
+    tars = sorted(map(str, folder.glob("*.tar")))
+    for path in tars:
+        forget(path)
+    return tars, count
+
+
+def forget(path: str) -> None:
+    """Take a file out of the page cache. What is read again lies there in larger pieces than what a writer has put there bit by bit: the
+    tars are to be as those that were there before, not as those that were just written.
+    """
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
 
 
 def show(ratios: dict[str, float]) -> dict[str, float]:

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from shardify.format.headers import BLOCK, as_text, says_nothing
 
-MOST_HEADERS = 512
-"""Checked together: what stays in the processor's cache, and is no new memory from the system each time."""
+MOST_HEADERS = 2048
+"""Checked together: numpy takes a quarter of a millisecond however few they are."""
 
 
 class Glanced(NamedTuple):
@@ -31,10 +31,15 @@ NOTHING = Glanced([], [], [], [])
 
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
 
+_DENSE = (
+    16 * BLOCK
+)  # bytes from one header to the next, up to which looking into every block is faster than going by sizes
+_TRIED = 16  # headers
 _SIZE = struct.Struct("124x11s377x")
 _NAME, _DIGITS, _KIND, _MAGIC, _PREFIX = slice(0, 100), np.r_[124:135, 148:154], 156, slice(257, 262), 345
 _USTAR = np.frombuffer(b"ustar", np.uint8)
 _REGULAR, _PAX = b"0x"
+_USTA = int.from_bytes(b"usta", "little")
 _LANES = np.uint64(0x00FF00FF00FF00FF)
 _ADDED = 128  # headers at a time: of a few pages each, all operands stay in the innermost cache
 # of the 17 digits of size and checksum: both numbers, and the sum of the checksum's digits
@@ -92,9 +97,11 @@ def _follow(view: memoryview) -> tuple[list[int], int]:
     places: list[int] = []
     unpack, append, last, at, before = _SIZE.unpack_from, places.append, len(view) - BLOCK, 0, 0
     try:
-        for _ in range(MOST_HEADERS):
+        for number in range(MOST_HEADERS):
             if at > last:
                 break
+            if number == _TRIED and at < _TRIED * _DENSE:
+                return _search(view)
             (digits,) = unpack(view, at)
             following = at + (int(digits, 8) + 2 * BLOCK - 1 & -BLOCK)
             append(at)
@@ -105,6 +112,13 @@ def _follow(view: memoryview) -> tuple[list[int], int]:
         places.pop()
         at = before
     return places, at
+
+
+def _search(view: memoryview) -> tuple[list[int], int]:
+    """What `_follow` finds, where no block of data looks like a header: the last one then ends where the one after it begins."""
+    begun = np.ndarray(len(view) // BLOCK, "<u4", view, _MAGIC.start, (BLOCK,)) == _USTA
+    places = (np.flatnonzero(begun)[: MOST_HEADERS + 1] * BLOCK).tolist()
+    return places[:-1], places[-1]
 
 
 def _saying_nothing(

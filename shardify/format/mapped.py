@@ -16,7 +16,7 @@ import xxhash
 PART_BYTES = 256 * 1024 * 1024
 """Mapped at a time, so that page tables stay small."""
 
-PIECE_BYTES = 8 * 1024 * 1024
+PIECE_BYTES = 32 * 1024 * 1024
 """Given out at a time, while a thread maps the pages behind it."""
 
 _STRIDE = 512 * 1024
@@ -48,7 +48,7 @@ class MappedWindow:
         self.marked = False
         self.digest = xxhash.xxh3_128()
         self._file = file
-        self._part = memoryview(b"")
+        self.view = self._part = memoryview(b"")
         self._begin = 0  # of the part
         self._thread: Thread | None = None
         if self.total:
@@ -62,7 +62,8 @@ class MappedWindow:
         if self.base + need > self._begin + len(self._part):
             self._map(max(PART_BYTES, need))
         at = self.base - self._begin
-        return self._part[at : at + max(PIECE_BYTES, need)]
+        self.view = self._part[at : at + max(PIECE_BYTES, need)]
+        return self.view
 
     def hash_to(self, end: int) -> None:
         """See `Window`."""
@@ -78,7 +79,7 @@ class MappedWindow:
             self._thread.join()
             self._thread = None
             Thread(target=_forget, args=(self._part,), daemon=True).start()
-        self._part = memoryview(b"")
+        self.view = self._part = memoryview(b"")
 
     def _map(self, size: int) -> None:
         """Have the `size` bytes from `base` on in memory, or all there are."""

@@ -23,7 +23,7 @@ from shardify.format.names import RECORD_FIELD, TAR_ZST, is_image_field
 from shardify.format.sidecar import ShardInfo, SidecarBuilder
 from shardify.format.walk import FileWindow, FrameWindow, Run, walk
 from shardify.format.zstd import read_frame, read_seek_table
-from shardify.images.probe import measure_image
+from shardify.images.probe import measure_image, measure_jpegs
 from shardify.records import Measured, measure_record
 
 
@@ -118,6 +118,7 @@ def _scan_frames(file: FileIO, rows: "_Rows", where: str) -> str:
 
 _NO_RECORD: Measured = (None, 0, 0, True)
 _FEW = 8  # samples that are not worth being looked at together
+_MANY = 64  # images whose headers numpy reads faster than Python
 
 
 class _Rows:
@@ -196,7 +197,7 @@ class _Rows:
             if field == RECORD_FIELD:
                 records = [_measured(data) for data in run.data[column]]
             elif _is_image(field):
-                found.append([(field, *_look_into(field, data)) for data in run.data[column]])
+                found.append(_look_into_all(field, run, column))
         if found:
             by_sample = chain.from_iterable(zip(*found, strict=True))
             self.builder.add_images(*map(list, zip(*by_sample, strict=True)))
@@ -280,6 +281,19 @@ def _measured(data: memoryview) -> Measured:
 
 
 _is_image = lru_cache(maxsize=1024)(is_image_field)
+
+
+def _look_into_all(field: str, run: Run, column: slice) -> list[tuple[str, str, int, int]]:
+    """Field, format, width and height of each image in a column of a run."""
+    data = run.data[column]
+    sizes: list[list[int]] = [[0, 0]] * len(data)
+    if len(data) >= _MANY:
+        begins = np.array(run.offsets[column], np.int64) - run.base
+        sizes = measure_jpegs(run.view, begins, begins + np.array(run.sizes[column], np.int64)).tolist()
+    return [
+        (field, "jpg", width, height) if width else (field, *_look_into(field, image))
+        for image, (width, height) in zip(data, sizes, strict=True)
+    ]
 
 
 def _look_into(field: str, data: memoryview) -> tuple[str, int, int]:

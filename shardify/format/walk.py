@@ -1,6 +1,7 @@
 """Walking a tar of any origin: from the bytes of a file or a frame to members that belong to samples."""
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import FileIO
@@ -53,8 +54,10 @@ class Window(Protocol):
         partial: whether the tar may go on elsewhere, so that the bytes may end without a mark.
         marked: whether the end-of-archive mark was found.
         hashed: up to where the tar's own hash is made, so that it is made of bytes that are about to be used anyway.
+        view: what `advance` gave.
     """
 
+    view: memoryview
     base: int
     total: int
     partial: bool
@@ -88,7 +91,7 @@ class FileWindow:
         self.marked = False
         self.digest = xxhash.xxh3_128()
         self._file = file
-        self._view = _NOTHING
+        self.view = _NOTHING
         # what is left of one buffer is copied in front of the other
         size = _MARGIN + CACHED_BYTES
         self._front, self._back = memoryview(bytearray(size)), memoryview(bytearray(size))
@@ -96,7 +99,7 @@ class FileWindow:
     def advance(self, used: int, need: int) -> memoryview:
         """See `Window`."""
         self.base += used
-        view = self._view[used:]
+        view = self.view[used:]
         while len(view) < need:
             count = self._file.readinto(self._back[_MARGIN:])
             if not count:
@@ -110,7 +113,7 @@ class FileWindow:
             else:
                 view = memoryview(b"".join((view, block)))
             self.digest.update(block)
-        self._view = view
+        self.view = view
         return view
 
     def hash_to(self, end: int) -> None:
@@ -126,7 +129,7 @@ class FrameWindow:
     partial = True
 
     def __init__(self, content: bytes) -> None:
-        self._view = memoryview(content)
+        self.view = memoryview(content)
         self.base = 0
         self.total = self.hashed = len(content)
         self.marked = False
@@ -134,8 +137,8 @@ class FrameWindow:
     def advance(self, used: int, need: int) -> memoryview:  # noqa: ARG002 - there is no more
         """See `Window`."""
         self.base += used
-        self._view = self._view[used:]
-        return self._view
+        self.view = self.view[used:]
+        return self.view
 
     def hash_to(self, end: int) -> None:
         """See `Window`: nothing is hashed."""
@@ -153,6 +156,8 @@ class Run:
         sizes: bytes of it.
         data: void when the next run is drawn, and empty when it is larger than `MAX_PARSED_BYTES`.
         digests: xxh3_64 of it.
+        view: memory that holds all that is in `data`.
+        base: offset of its first byte in the tar.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -162,6 +167,8 @@ class Run:
     sizes: list[int] = field(default_factory=list)
     data: list[memoryview] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)
+    view: memoryview = _NOTHING
+    base: int = 0
 
     def add(self, parsed: tuple[str, str], begin: int, offset: int, data: memoryview) -> None:
         """Append a member, still without its hash."""
@@ -321,11 +328,13 @@ def _hashed(waiting: Run, window: Window) -> Iterator[Run]:
     """Give out what is waiting, before the window moves on."""
     if not waiting.keys:
         return
-    of, append = xxhash.xxh3_64_intdigest, waiting.digests.append
-    for data, end in zip(waiting.data, waiting.offsets, strict=True):
-        if end > window.hashed:
-            window.hash_to(end + len(data))
-        append(of(data))
+    begin, offsets = 0, waiting.offsets
+    while begin < len(offsets):
+        window.hash_to(offsets[begin] + len(waiting.data[begin]))
+        end = bisect_right(offsets, window.hashed, begin)  # as far as bytes are in the cache now
+        waiting.digests.extend(map(xxhash.xxh3_64_intdigest, waiting.data[begin:end]))
+        begin = end
+    waiting.view, waiting.base = window.view, window.base
     yield waiting
     waiting.clear()
 

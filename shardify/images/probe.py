@@ -12,6 +12,8 @@ from io import BytesIO
 from threading import Lock
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from shardify.errors import ImageError
@@ -55,6 +57,12 @@ _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_START = b"\xff\xd8\xff"
 # tables, comments and applications' own segments (ITU-T T.81, table B.1)
 _PASSED_OVER = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
+_JPEG_WORD = int.from_bytes(_JPEG_START, "big")
+_SEGMENTS = 64  # before a frame header; there are seldom ten
+_PASSED_KIND, _FRAME_KIND = 1, 2
+_KINDS = np.zeros(1 << 16, np.uint8)  # of two bytes that a segment begins with
+_KINDS[[0xFF00 | marker for marker in _PASSED_OVER]] = _PASSED_KIND
+_KINDS[[0xFF00 | marker for marker in _START_OF_FRAME]] = _FRAME_KIND
 
 CHECKS = ("header", "decode", "none")
 """How much of an image is looked at: see `probe`."""
@@ -153,6 +161,42 @@ def measure_image(data: bytes | memoryview) -> tuple[str, int, int]:
             at += 2 + length
     header = probe(data, check="none")
     return header.format, header.width, header.height
+
+
+def measure_jpegs(
+    view: memoryview, begins: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Width and height of JPEG files, looked into together: what `measure_image` finds, for many in a third of its time.
+
+    Args:
+        view: memory that holds them all.
+        begins: [n], where each begins in it.
+        ends: [n], where each ends.
+
+    Returns:
+        int64 [n, 2]; 0 for what is no JPEG, or one that is for `measure_image`.
+    """
+    found = np.zeros((len(begins), 2), np.int64)
+    four = np.ndarray(max(len(view) - 3, 0), ">u4", view, strides=(1,))  # bytes, from every one on
+    at, last = begins + 2, ends - 10
+    active = np.flatnonzero(at <= last)
+    active = active[four[begins[active]] >> 8 == _JPEG_WORD]
+    at, last = at[active], last[active]
+    for _ in range(_SEGMENTS):
+        if not len(active):
+            break
+        heads = four[at].astype(np.int64)
+        kinds = _KINDS[heads >> 16]
+        frames = kinds == _FRAME_KIND
+        if frames.any():
+            sizes = four[at[frames] + 5].astype(np.int64)
+            height, width = sizes >> 16, sizes & 0xFFFF
+            good = (width * height > 0) & (width * height <= MAX_PIXELS)
+            found[active[frames]] = np.stack((width * good, height * good), axis=1)
+        at += 2 + (heads & 0xFFFF)
+        goes_on = (kinds == _PASSED_KIND) & (at <= last)
+        active, at, last = active[goes_on], at[goes_on], last[goes_on]
+    return found
 
 
 @contextmanager

@@ -16,7 +16,15 @@ from PIL import Image
 
 from shardify.errors import ImageError
 from shardify.format.names import IMAGE_FORMATS, is_image_field
-from shardify.images.probe import CHECKS, MAX_PIXELS, ImageHeader, measure_image, probe, same_format
+from shardify.images.probe import (
+    CHECKS,
+    MAX_PIXELS,
+    ImageHeader,
+    measure_image,
+    measure_jpegs,
+    probe,
+    same_format,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
 
@@ -116,15 +124,22 @@ def test_what_an_index_tells_is_what_probing_finds(which, cut, damage):
     data = bytearray(pictures[which])
     for at, byte in damage:
         data[at : at + 1] = bytes([byte])
-    for content in (memoryview(data), memoryview(data)[:cut]):
+    contents = [memoryview(data), memoryview(data)[:cut], *map(memoryview, pictures)]
+    ends = np.cumsum([len(content) for content in contents])
+    memory = memoryview(b"".join(contents))
+    together = measure_jpegs(memory, ends - [len(content) for content in contents], ends)
+    for content, size in zip(contents, together.tolist(), strict=True):
         try:
             expected = probe(content, check="none")[:3]
         except ImageError as error:
             with pytest.raises(ImageError) as found:
                 measure_image(content)
             assert (found.value.code, found.value.detail) == (error.code, error.detail)
+            assert size == [0, 0]
         else:
             assert measure_image(content) == expected
+            assert size == [0, 0] or ("jpg", *size) == expected
+    assert together[2].tolist() == list(Image.open(io.BytesIO(JPEG)).size)
 
 
 @given(

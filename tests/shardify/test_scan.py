@@ -497,6 +497,29 @@ def test_many_members_with_an_odd_one_here_and_there(tmp_path, monkeypatch):
         )
 
 
+def test_data_that_looks_like_headers_is_data(tmp_path, monkeypatch):
+    """Where members are small, headers are found by looking into every block."""
+    inner = write_tar(tmp_path / "inner.tar", [(f"{n}.jpg", b"x" * 900) for n in range(5)]).read_bytes()
+    members = []
+    for number in range(3000):
+        data = random.Random(number).randbytes(number % 900)
+        if number % 100 == 70:
+            data = inner
+        elif number % 100 == 80:
+            data = bytes(257) + b"ustar\x0000" + bytes(247)
+        members += [(f"{number:05d}.jpg", data), (f"{number:05d}.json", RECORD)]
+    for tar_format in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT):
+        path = write_tar(tmp_path / "outer.tar", members, tar_format)
+        found = []
+        for glance in (0, 1 << 30):
+            monkeypatch.setattr(walk_module, "GLANCE_BYTES", glance)
+            found += [scan(path), scan(path, mapped=True)]
+        assert all(one == found[0] for one in found)
+        assert [
+            (row.key, m.field, row.offset, m.offset, m.size) for row in found[0][0] for m in row.members
+        ] == (judged_by_tarfile(path))
+
+
 def test_a_missing_file_is_one_clear_error(tmp_path):
     with pytest.raises(FormatError, match=r"gone\.tar: cannot be read"):
         scan_shard(tmp_path / "gone.tar", name="gone.tar")
