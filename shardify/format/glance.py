@@ -79,6 +79,7 @@ def glance(view: memoryview) -> tuple[Glanced, int]:
     good[1:] &= places[1:] == ends[:-1]
     good[:-1] &= ~pax[:-1] | ~pax[1:]
     good[-1] &= ends[-1] * BLOCK == end
+    good &= ends <= len(blocks)
     taken = len(good) if good.all() else int(np.argmin(good))
     taken = _saying_nothing(blocks, places[:taken], sizes[:taken], pax[:taken])
     if taken and pax[taken - 1]:
@@ -115,7 +116,7 @@ def _follow(view: memoryview) -> tuple[list[int], int]:
 
 
 def _search(view: memoryview) -> tuple[list[int], int]:
-    """What `_follow` finds, where no block of data looks like a header: the last one then ends where the one after it begins."""
+    """What `_follow` finds, where no data looks like a header, which its caller sees: the last one ends where the one after it begins."""
     begun = np.ndarray(len(view) // BLOCK, "<u4", view, _MAGIC.start, (BLOCK,)) == _USTA
     places = (np.flatnonzero(begun)[: MOST_HEADERS + 1] * BLOCK).tolist()
     return places[:-1], places[-1]
