@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from io import BytesIO
 from itertools import cycle, islice
@@ -137,7 +137,21 @@ def write_photos(folder: Path, total: int) -> tuple[int, int]:
             written += len(data)
             records.append({"id": f"{number:09d}", "image": name, "conversations": TURNS})
     (folder / "chat.json").write_text(json.dumps(records))
+    forget([folder / "images.zip", *(folder / "images").iterdir()])
     return len(records), written
+
+
+def forget(files: Iterable[Path]) -> None:
+    """Take files out of the page cache.
+
+    What is read again lies there in larger pieces than what a writer has put there bit by bit: archives are to be as those that have been
+    there for long, not as those that were just written.
+    """
+    os.sync()
+    for path in files:
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
 
 
 def script(text: str, *arguments: Any, environment: dict[str, str] | None = None) -> float:
@@ -429,22 +443,9 @@ def _write_tars(folder: Path, pictures: list[bytes], total: int) -> tuple[list[s
             writer.write({"__key__": f"{count:09d}", "jpg": data, "json": record})
             written += len(data)
             count += 1
-    tars = sorted(map(str, folder.glob("*.tar")))
-    for path in tars:
-        forget(path)
-    return tars, count
-
-
-def forget(path: str) -> None:
-    """Take a file out of the page cache. What is read again lies there in larger pieces than what a writer has put there bit by bit: the
-    tars are to be as those that were there before, not as those that were just written.
-    """
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(file)
+    tars = sorted(folder.glob("*.tar"))
+    forget(tars)
+    return [str(path) for path in tars], count
 
 
 def show(ratios: dict[str, float]) -> dict[str, float]:
