@@ -166,9 +166,10 @@ class ShardWriter:
         if self._gathering is None or self._frames is not None:
             return None
         before = BLOCK if is_first else self._ahead + BLOCK
-        place = self._gathering.room(size, before=before, is_free=is_first)
-        self._ahead = before + size + padding(size)
-        return place
+        padded = size + padding(size)
+        place = self._gathering.room(padded, before=before, is_free=is_first)
+        self._ahead = before + padded
+        return None if place is None else place[:size]
 
     def add(self, key: str, field: str, data: bytes | memoryview, *, in_place: bool = False) -> Member:
         """Append the member ``key.field``; its offset counts from the begin of its frame when the shard is compressed.

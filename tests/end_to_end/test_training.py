@@ -268,6 +268,6 @@ def test_ranks_that_see_other_shards_stop_at_once(demo, tmp_path):
 
 
 def test_training_on_nothing_is_no_success(mixed):
-    result = run("--shards", mixed, "--max-length", 3)
+    result = run_warm("--shards", mixed, "--max-length", 3)
     assert result.returncode == 2
     assert "no token of any sample was trained on" in result.stderr

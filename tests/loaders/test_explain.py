@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -386,24 +388,29 @@ def test_a_past_that_does_not_add_up_is_refused(data):
         samples_at(run.state, 2, 1)
 
 
-RANK = """
-import json, sys
-from loaders import ImageTransform, LlavaText, Mixture, StreamingLoader
-from loaders.text import ByteTokenizer
-given = json.loads(sys.argv[1])
-loader = StreamingLoader(
-    Mixture({name: (path, rate) for name, (path, rate) in given["parts"].items()}), text=LlavaText(ByteTokenizer()), num_workers=1,
-    rank=given["rank"], world_size=given["world"], batch_size=given["batch"], pack_tokens=300, plan_window=40,
-)
-if given["state"]:
-    loader.load_state_dict(given["state"])
-with open(given["out"], "w") as out:
-    while True:
-        for batch in loader:
-            samples = [(k, int(p)) for k, p in zip(batch.keys, batch.positions) if k]
-            out.write(json.dumps({"samples": samples, "state": batch.state}) + "\\n")
-            out.flush()
-"""
+def start_rank(given):
+    """A process of its own, forked, that hands out batches and writes down what they are until it is killed."""
+    if pid := os.fork():
+        return pid
+    try:
+        os.setsid()
+        parts = {name: (path, rate) for name, (path, rate) in given["parts"].items()}
+        loader = StreamingLoader(
+            Mixture(parts), text=TEXT, num_workers=1, rank=given["rank"], world_size=given["world"],
+            batch_size=given["batch"], pack_tokens=300, plan_window=40,
+        )  # fmt: skip
+        if given["state"]:
+            loader.load_state_dict(given["state"])
+        with open(given["out"], "w") as out:
+            while True:
+                for batch in loader:
+                    samples = [(k, int(p)) for k, p in zip(batch.keys, batch.positions, strict=True) if k]
+                    out.write(json.dumps({"samples": samples, "state": batch.state}) + "\n")
+                    out.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def test_real_processes_that_are_killed(tmp_path, data, other):
@@ -421,21 +428,18 @@ def test_real_processes_that_are_killed(tmp_path, data, other):
                 "state": run.state,
                 "out": str(out),
             }
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", RANK, json.dumps(given)], start_new_session=True, cwd=Path.cwd()
-                )
-            )
+            ranks.append(start_rank(given))
         try:
             deadline = time.monotonic() + 120
             while not all(out.exists() and out.read_bytes().count(b"\n") >= steps for out in outs):
                 assert time.monotonic() < deadline
-                assert all(process.poll() is None for process in ranks)
+                assert not any(os.waitpid(rank, os.WNOHANG)[0] for rank in ranks)
                 time.sleep(0.05)
         finally:
-            for process in ranks:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            for rank in ranks:
+                with suppress(ProcessLookupError, ChildProcessError):
+                    os.killpg(rank, signal.SIGKILL)
+                    os.waitpid(rank, 0)
         lines = [
             [json.loads(line) for line in out.read_text().splitlines(keepends=True) if line.endswith("\n")]
             for out in outs
