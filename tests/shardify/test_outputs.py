@@ -146,6 +146,15 @@ def test_a_full_disk_is_said_by_the_next_write_or_the_commit(out):
                     draft.write(bytes(1_000_000))
                 draft.commit()
             assert out.sizes() == {}
+        written = 0
+        with pytest.raises(OSError, match="too large"), out.create("000.tar") as draft:
+            for number in range(50):
+                writer = ShardWriter(draft)
+                place = writer.room(1_000_000, is_first=True)
+                writer.add(f"{number}", "jpg", place, in_place=True)
+                written += 1
+        assert written < 30  # long before the end
+        assert out.sizes() == {}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert everything(out) == [".packing/lock"]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -330,6 +331,53 @@ def test_larger_pictures_are_made_smaller(source):
     assert sizes["r4"] == ("png", 64, 284)
     assert sizes["r5"] == ("jpg", 40, 30)
     assert verify_shards(str(source / "out"), workers=1)
+
+
+@pytest.mark.parametrize("place", ["folder", "zip"])
+@pytest.mark.parametrize("edge", [None, 30])
+def test_images_of_one_record_lie_in_their_order_whatever_their_sizes(source, monkeypatch, place, edge):
+    """Those that fit are read to where they are written from, others are not, and some records come to nothing in between."""
+    monkeypatch.setattr("shardify.outputs.direct._BUFFER_BYTES", 64 * 1024)
+    files = {f"small{n}.jpg": jpeg(n, (24, 20)) for n in range(3)}
+    files["wide.jpg"] = jpeg(4, (200, 50))
+    files["huge.jpg"] = jpeg(5, (24, 20)) + bytes(200_000)  # more than the buffer
+    files["no.jpg"] = b"no picture"
+    for name, data in files.items():
+        (source / "images" / name).write_bytes(data)
+    lists = [
+        ["small0.jpg", "huge.jpg", "small1.jpg"],
+        ["huge.jpg", "small2.jpg", "wide.jpg"],
+        ["wide.jpg", "small0.jpg", "wide.jpg", "small2.jpg"],
+        ["small0.jpg", "no.jpg", "small1.jpg"],
+        ["small1.jpg", "small2.jpg", "small0.jpg"],
+    ]
+    records = [record(n, lists[n % len(lists)]) for n in range(60)]
+    write(source / "chat.json", records)
+    images = source / "images"
+    if place == "zip":
+        images = source / "images.zip"
+        with zipfile.ZipFile(images, "w") as archive:
+            for name, data in files.items():
+                method = zipfile.ZIP_DEFLATED if name == "small1.jpg" else zipfile.ZIP_STORED
+                archive.writestr(name, data, method)
+    shrink = {"shortest_edge": edge} if edge else {}
+    manifest = pack(source, images=[images], shards=2, shuffle=False, max_bad="50%", **shrink)
+    assert manifest.counts.packed == 48
+    assert verify_shards(source / "out")
+    packed = [number for number in range(60) if number % 5 != 3]
+    found = {}
+    for shard in sorted((source / "out").glob("*.tar")):
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                found[member.name] = archive.extractfile(member).read()
+    for number in packed:
+        for at, name in enumerate(lists[number % 5]):
+            data = found[f"{number:09d}.{at}.jpg"]
+            if edge and name == "wide.jpg":
+                assert Image.open(io.BytesIO(data)).size == (120, 30)
+            else:
+                assert data == files[name]
+        assert json.loads(found[f"{number:09d}.json"])["id"] == f"r{number}"
 
 
 def test_paths_are_rewritten_by_prefix(source):

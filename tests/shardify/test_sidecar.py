@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shardify.format.sidecar import ShardInfo, SidecarBuilder, read_shard_info, read_sidecar
+from shardify.format.sidecar import ImageInfo, ShardInfo, SidecarBuilder, read_shard_info, read_sidecar
+from shardify.format.tar import Member
 
 
 def test_arrows_threads_are_given_nothing_of_pythons(tmp_path, monkeypatch):
@@ -35,6 +36,38 @@ def test_arrows_threads_are_given_nothing_of_pythons(tmp_path, monkeypatch):
     assert all(issubclass(kind, pa.NativeFile) and not pre_buffer for kind, pre_buffer in given)
     assert len(given) == 4
     assert read == [{"use_threads": False}] * 2
+
+
+def test_rows_come_back_as_they_were_added(tmp_path):
+    rows, spans = SidecarBuilder(), []
+    expected = []
+    for number in range(2500):
+        members = [Member(f"{n}.jpg", number + n, 7 * n, 2**64 - 1 - number) for n in range(number % 4)]
+        images = [ImageInfo(f"{n}.jpg", "jpg", number, n) for n in range(number % 3)]
+        row = {
+            "key": f"{number:09d}",
+            "id": None if number % 5 == 2 else str(number),
+            "record": number * 3,
+            "members": members,
+            "images": images,
+            "turns": number % 7,
+            "words": number,
+            "source": f"{number % 2}.json",
+        }
+        assert len(rows) == number
+        rows.add(**row)
+        spans.append((number * 512, 512))
+        expected.append(
+            row
+            | {
+                "members": [member._asdict() for member in members],
+                "images": [image._asdict() for image in images],
+                "offset": number * 512,
+                "size": 512,
+            }
+        )
+    rows.write(tmp_path / "a.parquet", np.array(spans), ShardInfo(0, ""))
+    assert read_sidecar(tmp_path / "a.parquet").to_pylist() == expected
 
 
 def test_nothing_of_a_sidecar_needs_pandas(tmp_path):
