@@ -68,8 +68,8 @@ _MAX_OPEN = 64  # record files at a time, of the thousands that there may be
 _REPORT_EVERY = 0.2  # seconds
 # bytes of data that make no sample too large, however many members hold them
 _FITS = MAX_SIZE - 2 * BLOCK * (MAX_IMAGES + 1)
-_TOGETHER = 128  # records that are looked at before the images of the first are read,
-_TOGETHER_BYTES = 4 * 1024 * 1024  # or as many as this holds
+_TOGETHER = 128  # records that are looked at before the images of the first are read
+_TOGETHER_BYTES = 4 * 1024 * 1024  # of them: no more are looked at then
 
 _Item = TypeVar("_Item")
 
@@ -405,13 +405,17 @@ def _some_at_once(candidates: Iterator[_Candidate]) -> Iterator[_Candidate]:
     """Drawn ahead, so that this code and what it touches stay in the processor's cache, from which each image that is read drives it."""
     together: list[_Candidate] = []
     held = 0
-    for candidate in candidates:
-        together.append(candidate)
-        held += candidate.record.length
-        if len(together) == _TOGETHER or held > _TOGETHER_BYTES:
-            yield from together
-            together.clear()
-            held = 0
+    try:
+        for candidate in candidates:
+            together.append(candidate)
+            held += candidate.record.length
+            if len(together) == _TOGETHER or held > _TOGETHER_BYTES:
+                yield from together
+                together.clear()
+                held = 0
+    except PackError:
+        yield from together  # those before it come first, whatever is wrong with them
+        raise
     yield from together
 
 
@@ -526,7 +530,7 @@ def _read_images(
             return [*files, error]
         files.append(data)
         if isinstance(data, bytes):
-            writer = None  # what has no place moves those behind it
+            writer = None  # no place for those behind it: see `ShardWriter.room`
     return files
 
 

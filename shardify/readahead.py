@@ -39,10 +39,10 @@ def read_ahead(
     """Each item and what `read` made of it, in the items' order.
 
     Args:
-        read: called once an item, from this thread or from others; what it raises is raised where its item would come.
-        read_now: called instead, by this thread, where its result is given out before the next item is read.
+        read: called for an item by this thread or another one; what it raises is raised where the item's result would come.
         items: drawn a bounded number ahead.
         size: bytes that reading an item will take, which bound what is held in memory.
+        read_now: called instead of `read` as long as this thread reads: its result is given out before the next item is read.
         threads: how many reads wait together.
     """
     global _waited  # noqa: PLW0603 - what this process's reads were like the last time

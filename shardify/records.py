@@ -32,9 +32,8 @@ _MEDIA = {
     ),
     **dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a", "aac", "opus", "wma"), "record-audio"),
 }
-_PLAIN_PATH = re.compile(
-    r"(?:[^./\\:\0][^/\\:\0]*/)*[^./\\:\0][^/\\:\0]*"
-)  # nothing in it needs a second look
+# nothing in it needs a second look
+_PLAIN_PATH = re.compile(r"(?:[^./\\:\0][^/\\:\0]*/)*[^./\\:\0][^/\\:\0]*")
 _USUAL_ENDS = frozenset({"jpg", "peg", "png"})  # no time is spent on these
 _VIDEO_FIELDS = ("video", "videos", "video_path", "input_video")
 _AUDIO_FIELDS = ("audio", "audios", "audio_path", "input_audio")

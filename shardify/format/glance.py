@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from shardify.format.headers import BLOCK, as_text, says_nothing
 
-MOST_HEADERS = 2048
-"""Checked together: numpy takes a quarter of a millisecond however few they are."""
+LEAST_HEADERS, MOST_HEADERS = 128, 2048
+"""Checked together: few where something out of the ordinary is to be expected, many else, since numpy takes its time however few they are."""
 
 
 class Glanced(NamedTuple):
@@ -31,15 +31,10 @@ NOTHING = Glanced([], [], [], [])
 
 _Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-_DENSE = (
-    16 * BLOCK
-)  # bytes from one header to the next, up to which looking into every block is faster than going by sizes
-_TRIED = 16  # headers
 _SIZE = struct.Struct("124x11s377x")
 _NAME, _DIGITS, _KIND, _MAGIC, _PREFIX = slice(0, 100), np.r_[124:135, 148:154], 156, slice(257, 262), 345
 _USTAR = np.frombuffer(b"ustar", np.uint8)
 _REGULAR, _PAX = b"0x"
-_USTA = int.from_bytes(b"usta", "little")
 _LANES = np.uint64(0x00FF00FF00FF00FF)
 _ADDED = 128  # headers at a time: of a few pages each, all operands stay in the innermost cache
 # of the 17 digits of size and checksum: both numbers, and the sum of the checksum's digits
@@ -49,15 +44,19 @@ _WEIGHTS[11:, 1] = 8.0 ** np.arange(6)[::-1]
 _WEIGHTS[11:, 2] = 1
 
 
-def glance(view: memoryview) -> tuple[Glanced, int]:
-    """The files that a view of a tar begins with, as far as they lie in it wholly, up to `MOST_HEADERS`, and where they end.
+def glance(view: memoryview, most: int = MOST_HEADERS) -> tuple[Glanced, int, bool]:
+    """The files that a view of a tar begins with, as far as they lie in it wholly.
 
     Args:
         view: from a header on.
+        most: headers to look at.
+
+    Returns:
+        The files, where they end, and whether nothing out of the ordinary has stopped this before.
     """
-    followed, end = _follow(view)
+    followed, end = _follow(view, most)
     if not followed:
-        return NOTHING, 0
+        return NOTHING, 0, False
     blocks = np.frombuffer(view, np.uint8, len(view) // BLOCK * BLOCK).reshape(-1, BLOCK)
     places = np.fromiter(followed, np.int64, len(followed)) // BLOCK
     heads = blocks[places]
@@ -79,30 +78,28 @@ def glance(view: memoryview) -> tuple[Glanced, int]:
     good[1:] &= places[1:] == ends[:-1]
     good[:-1] &= ~pax[:-1] | ~pax[1:]
     good[-1] &= ends[-1] * BLOCK == end
-    good &= ends <= len(blocks)
     taken = len(good) if good.all() else int(np.argmin(good))
     taken = _saying_nothing(blocks, places[:taken], sizes[:taken], pax[:taken])
+    whole = taken == len(good)
     if taken and pax[taken - 1]:
         taken -= 1
     if not taken:
-        return NOTHING, 0
+        return NOTHING, 0, False
     places, sizes, begins, files = places[:taken], sizes[:taken], places[:taken].copy(), ~pax[:taken]
     begins[1:] = np.where(pax[: taken - 1], places[:-1], places[1:])
     places, sizes, begins, names = places[files], sizes[files], begins[files], heads[:taken, _NAME][files]
     found = Glanced(_texts(names), (begins * BLOCK).tolist(), ((places + 1) * BLOCK).tolist(), sizes.tolist())
-    return found, int(ends[taken - 1]) * BLOCK
+    return found, int(ends[taken - 1]) * BLOCK, whole
 
 
-def _follow(view: memoryview) -> tuple[list[int], int]:
+def _follow(view: memoryview, most: int) -> tuple[list[int], int]:
     """Where headers seem to be, from one to the next by their sizes, as far as their data lies in the view, and where the last one's ends."""
     places: list[int] = []
     unpack, append, last, at, before = _SIZE.unpack_from, places.append, len(view) - BLOCK, 0, 0
     try:
-        for number in range(MOST_HEADERS):
+        for _ in range(most):
             if at > last:
                 break
-            if number == _TRIED and at < _TRIED * _DENSE:
-                return _search(view)
             (digits,) = unpack(view, at)
             following = at + (int(digits, 8) + 2 * BLOCK - 1 & -BLOCK)
             append(at)
@@ -113,13 +110,6 @@ def _follow(view: memoryview) -> tuple[list[int], int]:
         places.pop()
         at = before
     return places, at
-
-
-def _search(view: memoryview) -> tuple[list[int], int]:
-    """What `_follow` finds, where no data looks like a header, which its caller sees: the last one ends where the one after it begins."""
-    begun = np.ndarray(len(view) // BLOCK, "<u4", view, _MAGIC.start, (BLOCK,)) == _USTA
-    places = (np.flatnonzero(begun)[: MOST_HEADERS + 1] * BLOCK).tolist()
-    return places[:-1], places[-1]
 
 
 def _saying_nothing(

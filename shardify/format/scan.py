@@ -56,11 +56,11 @@ def scan_shard(path: str | os.PathLike[str], *, name: str, mapped: bool = False)
     rows = _Rows(where, name)
     try:
         with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
             if where.endswith(TAR_ZST):
                 digest = _scan_frames(file, rows, where)
             else:
                 digest = _scan_tar(file, rows, where, mapped=mapped)
-            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise FormatError(f"{where}: cannot be read ({error.strerror or error})") from None
     return ScannedShard(

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shardify.errors import FormatError
-from shardify.format.tar import Member
+from shardify.format.tar import Member, Sink
 
 SCHEMA = pa.schema(
     [
@@ -89,12 +89,6 @@ class SampleRow:
     turns: int
     words: int
     source: str
-
-
-class Sink(Protocol):
-    """An unbuffered binary file: `write` says how much it took."""
-
-    def write(self, data: memoryview, /) -> int | None: ...  # noqa: D102
 
 
 class SetAside(msgspec.Struct, frozen=True, omit_defaults=False):

@@ -146,7 +146,8 @@ class ShardWriter:
         self._frame: list[bytes | memoryview] = []
         self._frame_begin = 0
         self._sample_begin = 0
-        self._ahead = 0  # bytes of the next sample for which there is room
+        self._ahead = 0  # bytes of the next sample for which there are places; -1 when there are no more
+        self._promised: list[int] = []  # where in the tar the places lie
         self._marks = array("q")  # of each sample: begin and size, or the number of its frame
         self.offset = 0
         self.bytes = 0
@@ -163,13 +164,18 @@ class ShardWriter:
         Returns:
             None where that cannot be had: the data is then given to `add`.
         """
-        if self._gathering is None or self._frames is not None:
+        if is_first:
+            self._ahead, self._promised = 0, []
+        if self._gathering is None or self._frames is not None or self._ahead < 0:
             return None
-        before = BLOCK if is_first else self._ahead + BLOCK
-        padded = size + padding(size)
+        before, padded = self._ahead + BLOCK, size + padding(size)
         place = self._gathering.room(padded, before=before, is_free=is_first)
+        if place is None:
+            self._ahead = -1  # what has no place moves those behind it
+            return None
+        self._promised.append(self.offset + before)
         self._ahead = before + padded
-        return None if place is None else place[:size]
+        return place[:size]
 
     def add(self, key: str, field: str, data: bytes | memoryview, *, in_place: bool = False) -> Member:
         """Append the member ``key.field``; its offset counts from the begin of its frame when the shard is compressed.
@@ -178,7 +184,7 @@ class ShardWriter:
             key: of the sample.
             field: the rest of the name.
             data: of the member.
-            in_place: `data` is what `room` gave for it, or the beginning of that.
+            in_place: `data` is what `room` gave for it.
         """
         size = len(data)
         header = member_header(f"{key}.{field}", size)
@@ -191,6 +197,7 @@ class ShardWriter:
         pad = padding(size)
         if in_place:
             assert self._gathering is not None
+            assert begin + BLOCK in self._promised, "its place is elsewhere"
             self._write(header)
             self._gathering.advance(size, zeros=pad)
             self.bytes += size + pad

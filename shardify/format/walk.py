@@ -10,7 +10,7 @@ from typing import Protocol
 import xxhash
 
 from shardify.errors import FormatError
-from shardify.format.glance import Glanced, glance
+from shardify.format.glance import LEAST_HEADERS, MOST_HEADERS, Glanced, glance
 from shardify.format.headers import (
     BLOCK,
     EXTENSIONS,
@@ -101,7 +101,8 @@ class FileWindow:
         self.base += used
         view = self.view[used:]
         while len(view) < need:
-            count = self._file.readinto(self._back[_MARGIN:])
+            rest = self.total - self.base - len(view)  # a file that grows is what it was
+            count = self._file.readinto(self._back[_MARGIN : _MARGIN + rest])
             if not count:
                 break
             self._front, self._back = self._back, self._front
@@ -196,6 +197,7 @@ class Run:
             self.digests,
         ):
             column.clear()
+        self.view, self.base = _NOTHING, 0
 
     def add_glanced(self, files: Glanced, view: memoryview, base: int) -> None:
         """Append the members among files that lie in a view, whose first byte is byte `base` of the tar."""
@@ -226,6 +228,7 @@ def walk(window: Window, where: str) -> Iterator[Run]:
     extension: Extension | None = None
     waiting = Run()
     alone, longer = 0, 1  # members to read one by one before the next glance, and where that is in vain
+    most = LEAST_HEADERS  # that the next glance looks at
     repeated, repeated_header = b"", ("", 0, b"")  # writers of PAX headers write the same one again and again
     while True:
         if len(view) - at < BLOCK:
@@ -234,7 +237,8 @@ def walk(window: Window, where: str) -> Iterator[Run]:
             if not len(view) and window.partial and begin < 0:
                 return
         if begin < 0 and not alone and len(view) - at >= GLANCE_BYTES:
-            files, end = glance(view[at:])
+            files, end, whole = glance(view[at:], most)
+            most = min(2 * most, MOST_HEADERS) if whole else LEAST_HEADERS
             waiting.add_glanced(files, view[at:], window.base + at)
             at += end
             if len(files.names) < _FEW:
@@ -331,7 +335,7 @@ def _hashed(waiting: Run, window: Window) -> Iterator[Run]:
     begin, offsets = 0, waiting.offsets
     while begin < len(offsets):
         window.hash_to(offsets[begin] + len(waiting.data[begin]))
-        end = bisect_right(offsets, window.hashed, begin)  # as far as bytes are in the cache now
+        end = max(begin + 1, bisect_right(offsets, window.hashed))  # as far as bytes are in the cache now
         waiting.digests.extend(map(xxhash.xxh3_64_intdigest, waiting.data[begin:end]))
         begin = end
     waiting.view, waiting.base = window.view, window.base

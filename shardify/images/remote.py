@@ -133,6 +133,16 @@ class ObjectFile(OpenFile):
         """See `OpenFile`."""
         return objects.get_range(self.path, offset, max(0, min(size, self.entry.size - offset)))
 
+    def read_into(self, places: Sequence[memoryview | bytearray], offset: int) -> int:
+        """See `OpenFile`."""
+        data = self.read(sum(map(len, places)), offset)
+        at = 0
+        for place in places:
+            part = data[at : at + len(place)]
+            place[: len(part)] = part
+            at += len(part)
+        return at
+
     def require_unchanged(self) -> None:
         """Raises PackError when the object is another one by now."""
         if objects.entry(self.path) != self.entry:

@@ -84,7 +84,7 @@ class ImageReader(Protocol):
         """The image's bytes.
 
         Args:
-            name: the path inside the store, its components joined by '/'; archives go by the location alone.
+            name: the path inside the store, its components joined by '/'; archives go by the location, and guess with it at most.
             location: what `ImageStore.find` or `ImageStore.listed` answered.
             room: asked at most once for a place to read it into. A memoryview that is returned is that place.
 
@@ -300,7 +300,7 @@ def _read(number: int, size: int, offset: int) -> bytes:
 def _read_into(number: int, places: Sequence[memoryview | bytearray], offset: int) -> int:
     total = sum(map(len, places))
     done = os.preadv(number, places, offset)
-    while done < total:  # as above
+    while done < total:  # network file systems may give less at once
         rest, skipped = [], done
         for place in places:
             rest.append(memoryview(place)[min(skipped, len(place)) :])

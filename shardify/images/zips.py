@@ -81,9 +81,8 @@ class ZipReader:
 
     def __init__(self, path: str, stamp: Stamp | None = None) -> None:
         self.file = OpenFile(path, stamp)
-        self._beside = (
-            0  # bytes of the last local header that were not its name: mostly the same for all members
-        )
+        # bytes of the last local header without its name: mostly the same for all members
+        self._header_without_name = _LOCAL_HEADER
 
     def read(self, name: str, location: Location, room: Room | None = None) -> bytes | memoryview:
         """See `ImageReader`."""
@@ -105,7 +104,7 @@ class ZipReader:
         place = room(stored) if room is not None and method == STORED else None
         data: bytes | memoryview | None = None if place is None else self._read_stored(name, location, place)
         if data is None:
-            data = self._read_member(name, location)
+            data = self._read_member(location)
         if method != STORED:
             data = _inflate(data, size)
         # ten times as fast as zlib's: checking a stored member costs less than opening a file
@@ -114,21 +113,23 @@ class ZipReader:
         return data
 
     def _read_stored(self, name: str, location: Location, place: memoryview) -> memoryview | None:
-        """Header and data at once; None when the header is not as long as expected."""
-        length = self._beside + _length(name)
-        if length < _LOCAL_HEADER:
-            return None
-        header = bytearray(length)
+        """Header and data at once where the header is as long as expected; None when there is no whole member."""
+        expected = self._header_without_name + _name_bytes(name)
+        header = bytearray(max(expected, _LOCAL_HEADER))
         found = self.file.read_into([header, place], location.offset)
-        expected = header[:4] == b"PK\3\4" and _data_begin(header) == length
-        return place if expected and found == length + len(place) else None
+        if header[:4] != b"PK\3\4":
+            return None
+        length = _data_begin(header)
+        self._header_without_name = length - _name_bytes(name)
+        if length != len(header):
+            found = len(header) + self.file.read_into([place], location.offset + length)
+        return place if found == len(header) + len(place) else None
 
-    def _read_member(self, name: str, location: Location) -> bytes:
+    def _read_member(self, location: Location) -> bytes:
         header = self.file.read(_LOCAL_HEADER, location.offset)
         if header[:4] != b"PK\3\4" or len(header) < _LOCAL_HEADER:
             raise ImageError("image-damaged", f"no member header at byte {location.offset} of the archive")
         length = _data_begin(header)
-        self._beside = length - _length(name)
         data = self.file.read(location.stored, location.offset + length)
         if len(data) < location.stored:
             raise ImageError(
@@ -138,7 +139,7 @@ class ZipReader:
         return data
 
 
-def _length(name: str) -> int:
+def _name_bytes(name: str) -> int:
     return len(name.encode("utf-8", "surrogatepass"))
 
 

@@ -24,7 +24,7 @@ _BUFFERS = 3
 _HASHED_BYTES = 256 * 1024  # at a time
 _ALIGNED = 4096  # bytes: the logical block of every common disk divides it
 
-_ZEROS = bytes(4096)
+_ZEROS = bytes(512)
 
 _Part: TypeAlias = tuple[memoryview, int]
 
@@ -97,22 +97,19 @@ class DirectFile:
             is_free: no place that was given out is still to be used: all become void.
 
         Returns:
-            The place; None when so much is not to be had in one piece.
+            The place; None when so much is not to be had in one piece now, without waiting for the disk.
         """
         end = self._filled + before + size
         if end > self._capacity:
-            if (
-                not is_free
-                or self._filled < _ALIGNED
-                or self._filled % _ALIGNED + before + size > self._capacity
-            ):
+            fits = self._filled % _ALIGNED + before + size <= self._capacity and self._filled >= _ALIGNED
+            if not is_free or not fits or not self._another_buffer():
                 return None
             self._hand_over()
             end = self._filled + before + size
         return self._buffer[end - size : end]
 
     def advance(self, size: int, *, zeros: int) -> None:
-        """The next `size` bytes are in their place already, and so many zeros follow them.
+        """The next `size` bytes are in their place already, and so many zeros follow them, at most 511, for which `room` was asked too.
 
         Raises:
             OSError: an earlier part could not be written.
@@ -167,14 +164,19 @@ class DirectFile:
         full, filled = self._buffer, self._filled
         whole = filled - filled % _ALIGNED
         self._full.put((full, whole))
-        if self._made < _BUFFERS:
-            self._buffer = memoryview(mmap.mmap(-1, self._capacity))
-            self._made += 1
-        else:
-            self._buffer = self._free.get()
+        self._another_buffer()
+        self._buffer = self._free.get()
         self._filled = self._hashed = filled - whole
         self._buffer[: self._filled] = full[whole:filled]
         self._size += whole
+
+    def _another_buffer(self) -> bool:
+        """Whether one is free, made anew where there may be more."""
+        if self._free.empty() and self._made < _BUFFERS:
+            with suppress(OSError):  # without memory for it, the others must do
+                self._free.put(memoryview(mmap.mmap(-1, self._capacity)))
+                self._made += 1
+        return not self._free.empty()
 
     def _write_out(self) -> None:
         """Write parts until there are no more; after an error they are only taken."""

@@ -700,8 +700,6 @@ def test_an_image_is_read_to_the_place_that_is_given(tmp_path, kind):
         assert reader.read(name, location, lambda _: None) == members[name]
     if kind == "deflated":
         assert not placed
-    elif kind == "stored":  # how long local headers are beside their names is known from the one before
-        assert placed == len(names) - 5
     else:
         assert placed == len(names)
 

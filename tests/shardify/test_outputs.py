@@ -160,6 +160,39 @@ def test_a_full_disk_is_said_by_the_next_write_or_the_commit(out):
     assert everything(out) == [".packing/lock"]
 
 
+def test_a_place_is_never_waited_for(tmp_path, monkeypatch):
+    """Whoever asks for it is timed, as one who reads images."""
+    goes_on = threading.Event()
+    monkeypatch.setattr(DirectFile, "_write", lambda _file, _view: goes_on.wait())
+    file = DirectFile(str(tmp_path / "slow"))
+    writer = ShardWriter(file)
+    given = 0
+    while (place := writer.room(1_000_000, is_first=True)) is not None:
+        writer.add("a", "jpg", place, in_place=True)
+        given += 1
+    assert given == 3 * 4  # in three buffers
+    goes_on.set()
+    file.close()
+
+
+def test_where_there_is_no_memory_for_a_buffer_there_is_no_place(tmp_path, monkeypatch):
+    file = DirectFile(str(tmp_path / "file"))
+    writer = ShardWriter(file)
+    content = os.urandom(3_000_000)
+
+    def refuse(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    file.write(content)
+    with monkeypatch.context() as patch:
+        patch.setattr(direct.mmap, "mmap", refuse)
+        assert writer.room(2_000_000, is_first=True) is None
+    assert writer.room(2_000_000, is_first=True) is not None
+    file.sync()
+    file.close()
+    assert (tmp_path / "file").read_bytes() == content
+
+
 def test_a_new_file_does_not_replace_an_old_one(out):
     assert out.put("a", b"1", new=True)
     assert not out.put("a", b"2", new=True)

@@ -24,6 +24,7 @@ from shardify.format.index import read_index
 from shardify.format.manifest import read_manifest
 from shardify.format.shards import open_shards
 from shardify.format.sidecar import read_sidecar
+from shardify.outputs.direct import DirectFile
 from shardify.verify import verify_shards
 
 
@@ -361,7 +362,12 @@ def test_images_of_one_record_lie_in_their_order_whatever_their_sizes(source, mo
                 method = zipfile.ZIP_DEFLATED if name == "small1.jpg" else zipfile.ZIP_STORED
                 archive.writestr(name, data, method)
     shrink = {"shortest_edge": edge} if edge else {}
+    advance, placed = DirectFile.advance, []
+    monkeypatch.setattr(
+        DirectFile, "advance", lambda *args, **named: placed.append(1) or advance(*args, **named)
+    )
     manifest = pack(source, images=[images], shards=2, shuffle=False, max_bad="50%", **shrink)
+    assert bool(placed) != bool(edge)
     assert manifest.counts.packed == 48
     assert verify_shards(source / "out")
     packed = [number for number in range(60) if number % 5 != 3]

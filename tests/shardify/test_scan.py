@@ -497,6 +497,79 @@ def test_many_members_with_an_odd_one_here_and_there(tmp_path, monkeypatch):
         )
 
 
+def test_old_and_damaged_headers_among_many(tmp_path, monkeypatch):
+    """What is looked into many headers at a time sees them as it does one by one."""
+    members = [
+        (f"{number:05d}.{field}", random.Random(number).randbytes(300 + number % 200))
+        for number in range(1500)
+        for field in ("jpg", "txt")
+    ]
+    path = write_tar(tmp_path / "a.tar", members, tarfile.USTAR_FORMAT)
+    content = bytearray(path.read_bytes())
+
+    def old(at):  # as V7 wrote it: without magic
+        content[at + 257 : at + 345] = bytes(88)
+        content[at + 148 : at + 156] = b" " * 8
+        content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+
+    headers = [at for at in range(0, len(content), 512) if content[at + 257 : at + 262] == b"ustar"]
+    judged = judged_by_tarfile(path)
+
+    def seen():
+        found = []
+        for glance in (0, 1 << 30):
+            monkeypatch.setattr(walk_module, "GLANCE_BYTES", glance)
+            for mapped in (False, True):
+                try:
+                    rows, _ = scan(path, mapped=mapped)
+                except FormatError as error:
+                    found.append(str(error))
+                else:
+                    found.append(
+                        [(r.key, m.field, r.offset, m.offset, m.size) for r in rows for m in r.members]
+                    )
+        assert all(one == found[0] for one in found)
+        return found[0]
+
+    for share in (600, len(headers)):  # the first members, then all
+        for at in headers[:share]:
+            old(at)
+        path.write_bytes(content)
+        assert seen() == judged
+    content[headers[1000] + 3] ^= 1
+    path.write_bytes(content)
+    assert f"no tar header at byte {headers[1000]}" in seen()
+    path = write_tar(tmp_path / "b.tar", members, tarfile.USTAR_FORMAT)
+    content = bytearray(path.read_bytes())
+    for number in (0, 700):
+        damaged = bytearray(content)
+        damaged[headers[number] + 258] ^= 1
+        path.write_bytes(damaged)
+        assert f"no tar header at byte {headers[number]}" in seen()
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_tar_that_grows_while_it_is_indexed_is_what_it_was(tmp_path, monkeypatch, mapped):
+    members = [(f"{number:03d}.jpg", random.Random(number).randbytes(20_000)) for number in range(300)]
+    path = write_tar(tmp_path / "a.tar", members)
+    whole = path.read_bytes()
+    expected = scan(path, mapped=mapped)
+    path.write_bytes(whole[:4_000_256])
+    real = scan_module._open_window
+
+    def opened(file, **options):
+        window = real(file, **options)
+        path.write_bytes(whole)
+        return window
+
+    monkeypatch.setattr(scan_module, "_open_window", opened)
+    with pytest.raises(FormatError, match="cut off"):
+        scan(path, mapped=mapped)
+    path.write_bytes(whole)
+    monkeypatch.setattr(scan_module, "_open_window", lambda file, **options: (real(file, **options), path.open("ab").write(bytes(70_000)))[0])  # fmt: skip
+    assert scan(path, mapped=mapped) == expected
+
+
 def test_data_that_looks_like_headers_is_data(tmp_path, monkeypatch):
     """Where members are small, headers are found by looking into every block."""
     inner = write_tar(tmp_path / "inner.tar", [(f"{n}.jpg", b"x" * 900) for n in range(5)]).read_bytes()
