@@ -83,6 +83,7 @@ class ZipReader:
         self.file = OpenFile(path, stamp)
         # bytes of the last local header without its name: mostly the same for all members
         self._header_without_name = _LOCAL_HEADER
+        self._is_regular = True  # as long as that was so of the member before
 
     def read(self, name: str, location: Location, room: Room | None = None) -> bytes | memoryview:
         """See `ImageReader`."""
@@ -113,17 +114,21 @@ class ZipReader:
         return data
 
     def _read_stored(self, name: str, location: Location, place: memoryview) -> memoryview | None:
-        """Header and data at once where the header is as long as expected; None when there is no whole member."""
-        expected = self._header_without_name + _name_bytes(name)
-        header = bytearray(max(expected, _LOCAL_HEADER))
-        found = self.file.read_into([header, place], location.offset)
+        """Header and data at once as long as headers are as long as expected; None when there is no whole member."""
+        expected = max(self._header_without_name + _name_bytes(name), _LOCAL_HEADER)
+        header, found = bytearray(expected if self._is_regular else _LOCAL_HEADER), 0
+        if self._is_regular:
+            found = self.file.read_into([header, place], location.offset) - expected
+        else:
+            self.file.read_into([header], location.offset)
         if header[:4] != b"PK\3\4":
             return None
         length = _data_begin(header)
+        if not self._is_regular or length != expected:
+            found = self.file.read_into([place], location.offset + length)
         self._header_without_name = length - _name_bytes(name)
-        if length != len(header):
-            found = len(header) + self.file.read_into([place], location.offset + length)
-        return place if found == len(header) + len(place) else None
+        self._is_regular = length == expected
+        return place if found == len(place) else None
 
     def _read_member(self, location: Location) -> bytes:
         header = self.file.read(_LOCAL_HEADER, location.offset)

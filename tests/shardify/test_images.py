@@ -737,6 +737,29 @@ def test_faults_are_the_same_wherever_an_image_is_read_to(tmp_path):
         )
 
 
+def test_no_image_is_read_twice_for_its_header(tmp_path, monkeypatch):
+    members = {f"{n}.jpg": os.urandom(5000) for n in range(40)}
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for number, (name, data) in enumerate(members.items()):
+            info = zipfile.ZipInfo(name)
+            info.extra = (
+                b"\x55\x55" + (4 + number * 7 % 13).to_bytes(2, "little") + bytes(4 + number * 7 % 13)
+            )  # as if aligned
+            archive.writestr(info, data)
+    store = open_store(tmp_path / "x.zip")
+    located, real, read = locate(store, list(members)), os.preadv, []
+
+    def preadv(file, places, at):
+        read.append(real(file, places, at))
+        return read[-1]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    memory = memoryview(bytearray(5000))
+    for (name, data), location in zip(members.items(), located, strict=True):
+        assert store.reader.read(name, location, lambda size: memory[:size]) == data
+    assert sum(read) < 1.1 * 40 * 5000
+
+
 def test_file_systems_that_give_less_at_once(tmp_path, monkeypatch):
     members = {f"{n}.jpg": os.urandom(5000) for n in range(4)}
     store = make_zip(tmp_path / "x.zip", members)
