@@ -571,7 +571,7 @@ def test_a_tar_that_grows_while_it_is_indexed_is_what_it_was(tmp_path, monkeypat
 
 
 def test_data_that_looks_like_headers_is_data(tmp_path, monkeypatch):
-    """Where members are small, headers are found by looking into every block."""
+    """Wherever data holds what a header holds, it is passed over."""
     inner = write_tar(tmp_path / "inner.tar", [(f"{n}.jpg", b"x" * 900) for n in range(5)]).read_bytes()
     members = []
     for number in range(3000):
