@@ -15,7 +15,8 @@ from multiprocessing.context import ForkProcess
 from threading import Lock
 from typing import TypeVar
 
-from shardify.engines.local import die_with, rare_collections, start_worker
+from shardify.engines.local import die_with, rare_collections
+from shardify.format.child import signals_held
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -60,8 +61,7 @@ def each_in_process(
     try:
         while following < len(items):
             while (suspects or waiting) and len(pool) < workers:
-                here, worker = _start(work, alone=bool(suspects))
-                pool[here] = worker
+                here, worker = _start(work, pool, alone=bool(suspects))
                 _give(here, worker, items, suspects or waiting)
             for here, worker in pool.items():
                 if worker.free and waiting:
@@ -101,13 +101,19 @@ def each_in_process(
             _end(here, worker)
 
 
-def _start(work: Callable[[_Item], _Result | Future[_Result]], *, alone: bool) -> tuple[Connection, _Worker]:
+def _start(
+    work: Callable[[_Item], _Result | Future[_Result]], pool: dict[Connection, _Worker], *, alone: bool
+) -> tuple[Connection, _Worker]:
+    """One more process, which is in the pool as soon as it runs."""
     method = multiprocessing.get_context("fork")
     here, there = method.Pipe()
     process = method.Process(target=_work, args=(here, there, work, os.getpid()), daemon=True)
-    start_worker(process)
+    worker = _Worker(process, alone)
+    with signals_held():
+        process.start()
+        pool[here] = worker
     there.close()
-    return here, _Worker(process, alone)
+    return here, worker
 
 
 def _give(connection: Connection, worker: _Worker, items: Sequence[object], numbers: deque[int]) -> None:

@@ -14,6 +14,7 @@ from multiprocessing.context import ForkProcess
 from typing import Any, Protocol, TypeVar
 
 from shardify.errors import PackError
+from shardify.format.child import signals_held
 from shardify.pack import Report, RunContext, ShardResult
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -71,9 +72,10 @@ def run_shards(
         for task in waiting:
             here, there = method.Pipe()
             process = method.Process(target=_work, args=(there, execute, context, os.getpid()), daemon=True)
-            start_worker(process)
+            with signals_held():
+                process.start()
+                pool[here] = process
             there.close()
-            pool[here] = process
             busy[here] = _send(here, task)
             if len(pool) == workers:
                 break
@@ -105,19 +107,6 @@ def rare_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
-
-
-def start_worker(process: ForkProcess) -> None:
-    """Start a process that never sees SIGINT and SIGTERM, which are sent to whole process groups: its parent kills it.
-
-    Blocked here already, they cannot arrive between the fork and the worker's first line, nor be lost in what Python itself
-    runs at a fork.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _send(connection: Connection, task: Task) -> str:

@@ -28,9 +28,9 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from shardify import __version__
-from shardify.engines.local import Task, die_with, start_worker
+from shardify.engines.local import Task, die_with
 from shardify.errors import PackError, SourceError, UsageError
-from shardify.format.child import stay
+from shardify.format.child import signals_held, stay
 from shardify.pack import Report, RunContext, ShardResult
 
 _REPORT_EVERY = 1.0  # seconds between a task's reports
@@ -107,9 +107,10 @@ def run_shards(
     process = method.Process(
         target=_lead, args=(_Orders(execute, context, workers, address), there, here, os.getpid())
     )
-    start_worker(process)
-    there.close()
     try:
+        with signals_held():
+            process.start()
+        there.close()
         while (message := _receive(here)) is not None:
             match message:
                 case _More():
@@ -126,9 +127,11 @@ def run_shards(
                     raise message
     finally:
         here.close()  # the child's sign to cancel everything
-        process.join(_PATIENCE)
-        process.kill()
-        process.join()
+        there.close()
+        if process.pid is not None:
+            process.join(_PATIENCE)
+            process.kill()
+            process.join()
 
 
 def _require_ray() -> None:

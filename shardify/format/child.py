@@ -8,16 +8,19 @@ import ctypes
 import os
 import pickle
 import signal
+import threading
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from shardify.errors import PackError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_TO_GROUPS = (signal.SIGINT, signal.SIGTERM)  # what terminals and batch systems send to whole process groups
 
 _T = TypeVar("_T")
 
@@ -41,6 +44,42 @@ def may_fork() -> bool:
     return os.getpid() == _home
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Put off SIGINT and SIGTERM while a child is forked and written down; what arrived takes effect at the end.
+
+    The child keeps both blocked: they are the parent's to obey, which ends it. And no handler that raises can make the parent forget a
+    child that it has just forked, which nobody would end then. Blocking them here is not enough for that: any other thread may
+    take the signal, and Python runs its handler in the main thread all the same.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_GROUPS)
+    held = True
+    arrived: list[tuple[int, FrameType | None]] = []
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+
+    def put_off(number: int, frame: FrameType | None) -> None:
+        if held:
+            arrived.append((number, frame))
+        else:  # while they are given back
+            handlers[number](number, frame)
+
+    try:
+        if threading.current_thread() is threading.main_thread():  # handlers run there alone
+            for sent in _TO_GROUPS:
+                handler = signal.getsignal(sent)
+                if callable(handler):
+                    handlers[sent] = handler
+                    signal.signal(sent, put_off)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        held = False
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in arrived:
+            handlers[number](number, frame)
+
+
 def in_child(function: Callable[..., _T], *arguments: Any) -> _T:
     """Run a function in a forked child, and have its result, which is pickled, or its exception.
 
@@ -56,29 +95,26 @@ def in_child(function: Callable[..., _T], *arguments: Any) -> _T:
     if not may_fork():
         return function(*arguments)
     here, there = Pipe(duplex=False)
-    # what is sent to the whole process group is the parent's to obey: it ends the child
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    parent = os.getpid()
+    child = 0
     try:
-        parent = os.getpid()
-        child = os.fork()
-        if not child:
-            _answer(there, parent, function, arguments)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    ended = False
-    try:
+        with signals_held():
+            child = os.fork()
+            if not child:
+                _answer(there, parent, function, arguments)
         there.close()
         try:
             result, error = here.recv()
         except EOFError:
             status = _wait(child)
-            ended = True
+            child = 0
             raise PackError(
                 f"a helper process was ended {_how(status)} (out of memory?); the same command again continues"
             ) from None
     finally:
         here.close()
-        if not ended:
+        there.close()
+        if child:
             with suppress(ProcessLookupError):  # ended, and not kept for this process
                 os.kill(child, signal.SIGKILL)
             _wait(child)

@@ -89,6 +89,38 @@ def test_sigterm_ends_a_verification_cleanly(source, tmp_path):
     assert (process.returncode, error) == (143, "\nshardify: terminated\n")
 
 
+SENT_AT_A_FORK = """
+import os, signal, sys, threading
+
+def send():
+    if next(forks) == number:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+number, forks = int(sys.argv[1]), iter(range(1, 100))
+from shardify.cli import main
+os.register_at_fork(after_in_parent=send)
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+sys.argv[1:] = sys.argv[2:]
+main()
+"""
+
+
+@pytest.mark.parametrize("fork", [1, 2])
+def test_sigterm_in_the_moment_of_a_fork_leaves_no_worker_to_wait_for(source, tmp_path, fork):
+    """Where other threads take the signal, blocking it in the main one does not put it off."""
+    packed = tmp_path / "packed"
+    subprocess.run(pack(source, packed), check=True, capture_output=True)
+    for command in (pack(source, tmp_path / "out")[3:], ["verify", str(packed), "--workers", "2"]):
+        done = subprocess.run(
+            [sys.executable, "-c", SENT_AT_A_FORK, str(fork), *command],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stderr[-22:]) == (143, "\nshardify: terminated\n"), done.stderr
+
+
 def test_closed_streams_are_no_fault_and_no_file_takes_their_place(source, tmp_path):
     for closed in ("2>&-", "0<&- 1>&- 2>&-"):
         out = tmp_path / "out"

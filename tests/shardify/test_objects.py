@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -493,6 +494,31 @@ def test_a_child_is_ended_with_its_parents_patience():
         signal.signal(signal.SIGALRM, before)
     assert time.monotonic() - began < 10
     assert children() == before_it
+
+
+def test_a_child_is_not_forgotten_at_a_signal_right_after_the_fork(monkeypatch):
+    """Other threads can take it while the main one has it blocked."""
+    before_it, fork = children(), os.fork
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+
+    def interrupted_fork():
+        pid = fork()
+        if pid:
+            os.kill(os.getpid(), signal.SIGINT)
+        return pid
+
+    monkeypatch.setattr(os, "fork", interrupted_fork)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            child.in_child(time.sleep, 60)
+    finally:
+        end.set()
+        thread.join()
+    assert children() == before_it
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_workers_can_be_forked_after_all_of_it(place):
