@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import PIL
 import xxhash
@@ -20,7 +19,7 @@ from shardify.errors import PackError, UsageError
 from shardify.exclude import report_hits, report_left, taken_by_name
 from shardify.format import names
 from shardify.format.exclude import EXCLUDED, Exclusions, read_exclusions
-from shardify.format.sidecar import SetAside
+from shardify.format.sidecar import SetAside, decode_set_aside
 from shardify.gather import (
     DataSet,
     Gathered,
@@ -274,4 +273,4 @@ def _quarantined(output: Output) -> list[SetAside]:
     if file is None:
         return []
     with file:
-        return [msgspec.json.decode(line, type=SetAside) for line in file.read().splitlines()]
+        return [decode_set_aside(line) for line in file.read().splitlines()]

@@ -38,7 +38,7 @@ from shardify.format.names import (
 from shardify.format.samples import is_compressed
 from shardify.format.scan import scan_shard
 from shardify.format.shards import Selection, Shards, describe_missing, find_sidecar, select_shards
-from shardify.format.sidecar import SetAside, ShardInfo, read_shard_info, read_sidecar
+from shardify.format.sidecar import SetAside, ShardInfo, decode_set_aside, read_shard_info, read_sidecar
 from shardify.format.tar import END_OF_ARCHIVE, member_header, padding, read_members
 from shardify.format.zstd import read_frame, read_seek_table
 from shardify.images.probe import probe
@@ -633,7 +633,7 @@ def _check_quarantine(path: str, items: Sequence[SetAside], sources: Sequence[st
     for number, (line, item) in enumerate(zip(lines, expected, strict=False), 1):
         found: SetAside | None = None
         with suppress(msgspec.MsgspecError, UnicodeError):
-            found = msgspec.json.decode(line, type=SetAside)
+            found = decode_set_aside(line)
         if found != item:
             yield Fault(path, f"line {number} is not that of record {item.record} of {item.source}")
 

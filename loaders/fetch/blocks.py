@@ -36,6 +36,9 @@ class Fault(NamedTuple):
     detail: str
 
 
+_decode_faults = msgspec.json.Decoder(list[Fault]).decode  # made here: see `shardify.format.sidecar`
+
+
 def block_name(identity: str, begin: int, end: int) -> str:
     """The file of an extent; `identity` stands for the shard's content and consists of hexadecimal digits."""
     return f"{identity}-{begin:x}-{end:x}"
@@ -68,7 +71,7 @@ def read_faults(file: int, size: int, total: int) -> list[Fault] | None:
         return None
     encoded = os.pread(file, total - size - FOOTER_BYTES, size)
     try:
-        return msgspec.json.decode(encoded, type=list[Fault])
+        return _decode_faults(encoded)
     except msgspec.MsgspecError:
         return None
 

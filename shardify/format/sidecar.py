@@ -122,6 +122,12 @@ class ShardInfo(msgspec.Struct, frozen=True):
     plan: str = ""
 
 
+# made here: threads that need a type's first decoder at the same moment crash in msgspec 0.22
+_decode_info = msgspec.json.Decoder(ShardInfo).decode
+decode_set_aside = msgspec.json.Decoder(SetAside).decode
+"""One record that was set aside, from a line of JSON."""
+
+
 def write_sidecar(path: str | os.PathLike[str], rows: Sequence[SampleRow], info: ShardInfo) -> None:
     """Write the sidecar of these rows; see `SidecarBuilder.write`."""
     builder = SidecarBuilder()
@@ -415,7 +421,7 @@ def read_shard_info(path: str | os.PathLike[str], *, file: BinaryIO | None = Non
     try:
         with _opened(path, file) as opened:
             metadata = _metadata(opened)
-        return msgspec.json.decode(metadata[_METADATA_KEY], type=ShardInfo)
+        return _decode_info(metadata[_METADATA_KEY])
     except FileNotFoundError:
         raise FormatError(f"{os.fspath(path)}: no such sidecar") from None
     except KeyError:

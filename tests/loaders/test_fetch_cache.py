@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -348,6 +349,44 @@ def children_of(pid: int) -> list[int]:
     with suppress(OSError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
+
+
+READ_BY_THREADS = """
+import os, sys, threading
+from loaders.fetch.blocks import read_faults
+from shardify.format.manifest import read_manifest
+from shardify.format.sidecar import read_shard_info
+
+block, size, manifest, sidecar = sys.argv[1:]
+file = os.open(block, os.O_RDONLY)
+calls = [lambda: read_faults(file, 2, int(size)), lambda: read_manifest(manifest), lambda: read_shard_info(sidecar)]
+together, done = threading.Barrier(16), []
+
+def read():
+    for call in calls:
+        together.wait()
+        assert call()
+    done.append(1)
+
+sys.setswitchinterval(1e-6)
+threads = [threading.Thread(target=read) for _ in range(16)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert len(done) == 16
+"""
+
+
+def test_the_first_things_read_may_be_read_by_many_threads(folder, tmp_path):
+    """Every second process crashes where a type's decoder is made by two threads at a time."""
+    name = block_name("0" * 32, 0, 2)
+    with open(tmp_path / "block", "wb", buffering=0) as file:
+        file.write(b"12")
+        size = 2 + end_block(file.fileno(), name, memoryview(b"12"), [Fault(0, 1, "damaged")])
+    files = [tmp_path / "block", size, folder / "manifest.json", next(folder.glob("*.parquet"))]
+    for _ in range(4):
+        subprocess.run([sys.executable, "-c", READ_BY_THREADS, *map(str, files)], check=True)
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "temporary"])
