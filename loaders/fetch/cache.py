@@ -122,7 +122,7 @@ class BlockCache:
     def __init__(self, folder: CacheFolder, data_bytes: int, identities: Collection[str] = ()) -> None:
         self._folder = folder
         self._path = folder.path
-        self._alive = join_folder(folder.path)
+        self._alive = join_folder(folder)
         self._mutex = threading.RLock()
         self.preempted = 0
         self._swept = 0.0

@@ -78,8 +78,12 @@ def choose_folder(path: str | None, size: int | None, identities: Sequence[str])
     return CacheFolder(folder, size, temporary=True)
 
 
-def join_folder(path: str) -> int:
-    """Hold on to a folder, which is made if it has gone meanwhile; a file descriptor that must stay open."""
+def join_folder(folder: CacheFolder) -> int:
+    """Hold on to a folder, which is made if it has gone meanwhile; a file descriptor that must stay open.
+
+    A temporary one begins when all that the one before it held has gone, whoever was about to remove that.
+    """
+    path = folder.path
     while True:
         os.makedirs(path, mode=0o700, exist_ok=True)
         try:
@@ -88,8 +92,11 @@ def join_folder(path: str) -> int:
             continue  # it went just now
         fcntl.flock(file, fcntl.LOCK_SH)
         if _is_still(file, path):
-            return file
+            break
         os.close(file)
+    if folder.temporary:
+        remove_deserted(path + _GONE)
+    return file
 
 
 def remove_deserted(prefix: str) -> None:

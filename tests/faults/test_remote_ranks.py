@@ -182,10 +182,16 @@ def test_four_ranks_share_a_small_cache_through_random_kills(nursery, noises, tm
 
 
 def bytes_in(folder):
-    """Of all files below it, seen from outside while others write there."""
-    total = 0
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(path, name)).st_size
-    return total
+    """Of the files below it that are there at one moment, seen from outside while others write, rename and remove there."""
+
+    def sizes():
+        found = {}
+        for path, _, names in os.walk(folder):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    status = os.lstat(os.path.join(path, name))
+                    found[status.st_ino] = status.st_size
+        return found
+
+    before, after = sizes(), sizes()
+    return sum(min(before[inode], after[inode]) for inode in before.keys() & after.keys())

@@ -351,6 +351,17 @@ def children_of(pid: int) -> list[int]:
     return []
 
 
+def test_a_temporary_cache_begins_when_the_one_before_it_has_gone(tmp_path):
+    """Who has found that one deserted may be slow to remove it, and together they would hold too much."""
+    going = tmp_path / "cache.gone-0123"
+    (going / "blocks").mkdir(parents=True)
+    (going / "blocks" / "x").write_bytes(bytes(BLOCK))
+    open_cache(tmp_path / "cache", BOOK).close()
+    assert going.exists()  # beside a folder of the user's own, it is the user's, too
+    open_cache(tmp_path / "cache", BOOK, temporary=True).close()
+    assert not going.exists()
+
+
 READ_BY_THREADS = """
 import os, sys, threading
 from loaders.fetch.blocks import read_faults
