@@ -63,6 +63,25 @@ subprocess.run(["tar", "cf", out + "/all.tar", "-C", os.path.dirname(images), os
 flush(out)
 print(time.perf_counter() - begin)
 """
+DISK = """
+import mmap, os, sys, time
+_, images, out, writers = sys.argv[1:]
+os.mkdir(out)
+total = sum(entry.stat().st_size for entry in os.scandir(images))
+buffer = mmap.mmap(-1, 4 * 2**20)
+buffer.write(os.urandom(len(buffer)))
+begin = time.perf_counter()
+for number in range(int(writers)):
+    if not os.fork():
+        file = os.open(f"{out}/{number}", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+        for _ in range(total // int(writers) // len(buffer)):
+            os.write(file, buffer)
+        os.fsync(file)
+        os._exit(0)
+for _ in range(int(writers)):
+    assert os.wait()[1] == 0
+print(time.perf_counter() - begin)
+"""
 PLAN = """
 import sys, time
 from shardify.convert import PackOptions, plan_dataset
@@ -201,6 +220,9 @@ def measure_photos(folder: Path, *, rounds: int, total: int) -> dict[str, Any]:
         "shardify pack, from a stored zip": rate(PACK, archive),
         "webdataset ShardWriter": rate(SHARD_WRITER, images),
     }
+    with suppress(OSError):  # a file system that cannot
+        os.close(os.open(folder / "direct", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+        contenders["the disk alone, 2 writers"] = rate(DISK, images, 2)
     comparison = runner.interleave(contenders, rounds=rounds, unit="samples/s")
     print(runner.table(comparison, reference="tar cf"))
     ratios = {
@@ -209,6 +231,9 @@ def measure_photos(folder: Path, *, rounds: int, total: int) -> dict[str, Any]:
         "two workers over one": comparison.ratio("shardify pack, 2 workers", "shardify pack"),
         "zip over folder": comparison.ratio("shardify pack, from a stored zip", "shardify pack"),
     }
+    if "the disk alone, 2 writers" in contenders:
+        for name in ("shardify pack", "shardify pack, 2 workers"):
+            ratios[f"{name} over the disk alone"] = comparison.ratio(name, "the disk alone, 2 writers")
     return {**runner.described(comparison), "samples": count, "bytes": written, "ratios": show(ratios)}
 
 
